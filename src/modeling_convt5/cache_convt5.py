@@ -1,0 +1,128 @@
+"""Decoding state: a constant-size `conv_state` per convolution, keys and values elsewhere.
+
+`ConvStateCache` is the self-attention half of an `EncoderDecoderCache`; the other half keeps the
+cross-attention keys and values and is transformers' own `DynamicCache`.
+
+Shapes: B batch, T new tokens, S state length = left_taps * dilation, D d_model.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+
+class ConvStateLayer(CacheLayerMixin):
+    """The last S inputs of one convolution, oldest first.
+
+    Attributes:
+        conv_state: (B, S, D), or None before the first token. While past states are recorded (for
+            assisted decoding) it also keeps the inputs before the last S, until `crop`.
+        seen: number of tokens read so far.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, state_length: int):
+        super().__init__()
+        self.state_length = state_length
+        self.conv_state: torch.Tensor | None = None
+        self.seen = 0
+        self.record_past = False
+
+    def read(self) -> torch.Tensor | None:
+        """The state (B, S, D), or None before the first token."""
+        if self.conv_state is None or not self.record_past:
+            return self.conv_state
+        return self.conv_state[:, self.conv_state.shape[1] - self.state_length :]
+
+    def write(self, conv_state: torch.Tensor, x: torch.Tensor) -> None:
+        """Store the state (B, S, D) that follows the new inputs x (B, T, D)."""
+        self.seen += x.shape[1]
+        if self.record_past:
+            past = self.conv_state
+            if past is None:
+                past = x.new_zeros(x.shape[0], self.state_length, x.shape[2])
+            conv_state = torch.cat([past, x], dim=1)
+        # A copy: a slice would keep the whole row of a long prompt alive.
+        self.conv_state = conv_state.clone()
+        self.is_initialized = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (transformers passes a negative number)."""
+        if not self.record_past:
+            raise RuntimeError(
+                "A convolution's state cannot be rolled back unless its past is recorded: call "
+                "`activate_past_recording()` on the cache before the tokens that may be removed."
+            )
+        if self.conv_state is None:
+            return
+        removed = abs(tokens_to_remove)
+        end = self.conv_state.shape[1] - removed
+        if end < self.state_length:
+            raise ValueError(
+                f"crop({tokens_to_remove}): only {self.conv_state.shape[1] - self.state_length} "
+                "tokens were recorded since the last crop, no more can be removed."
+            )
+        self.conv_state = self.conv_state[:, end - self.state_length : end].clone()
+        self.seen -= removed
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def reset(self) -> None:
+        self.conv_state, self.seen, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.conv_state is not None:
+            self.conv_state = self.conv_state[indices.to(self.conv_state.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.conv_state is not None:
+            self.conv_state = self.conv_state.repeat_interleave(repeats, dim=0)
+
+    def offload(self) -> None:
+        if self.conv_state is not None:
+            self.conv_state = self.conv_state.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Nothing to bring back early: a state is small, and moved when it is read."""
+
+    def get_seq_length(self, *args) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length, *args) -> tuple[int, int]:
+        # transformers 5 passes the number of queries, transformers 4 their positions.
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # the name in transformers 4
+        return -1
+
+    def lazy_initialization(self, *args) -> None:
+        raise NotImplementedError("A convolution has no keys and values; see `read` and `write`.")
+
+    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("A convolution has no keys and values; see `read` and `write`.")
+
+
+class ConvStateCache(DynamicCache):
+    """What the decoder's mixers remember: one layer of state per decoder layer.
+
+    Args:
+        config: the `ConvT5Config` whose decoder layers decide which kind each layer is.
+    """
+
+    def __init__(self, config):
+        layers = [
+            DynamicLayer() if spec.mixer == "attention" else ConvStateLayer(spec.state_length)
+            for spec in config.layer_specs("decoder")
+        ]
+        Cache.__init__(self, layers=layers)

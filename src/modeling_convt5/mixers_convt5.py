@@ -1,0 +1,338 @@
+"""The two kinds of token mixing, convolution and T5's attention, and what each may see.
+
+Shapes: B batch, L length, D d_model, F num_filters, K kernel_size, N num_heads, H d_kv.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_convt5 import ConvStateLayer
+from .configuration_convt5 import ConvT5Config, LayerSpec
+from .convolution import (
+    conv_step,
+    depthwise_conv,
+    dynamic_conv,
+    hide_padding,
+    lightweight_conv,
+    next_conv_state,
+    normalize_filter,
+    predict_filter,
+)
+
+
+class ConvT5Convolution(nn.Module):
+    """The convolution mixer: in_proj and its gate -> convolution -> (pointwise) -> out_proj.
+
+    Paper, section 3: X1 = (W_I X) * sigmoid(W_S X), X2 = Conv(X1), X3 = W_O X2. The rows of
+    `in_proj` are W_I, then W_S.
+    """
+
+    def __init__(self, config: ConvT5Config, spec: LayerSpec):
+        super().__init__()
+        self.mixer, self.kernel_size = spec.mixer, spec.kernel_size
+        self.left_taps, self.dilation = spec.left_taps, spec.dilation
+        self.sharing, self.filter_dropout = config.filter_sharing, config.filter_dropout
+        self.gate = config.gate
+        d_model, bias, filters = config.d_model, config.mixer_bias, config.filters_per_layer
+        self.in_proj = nn.Linear(d_model, (2 if self.gate else 1) * d_model, bias=bias)
+        if self.mixer == "dynamic":
+            self.filter_proj = nn.Linear(d_model, filters * self.kernel_size, bias=bias)
+        else:
+            self.filter = nn.Parameter(torch.empty(filters, self.kernel_size))
+        self.conv_bias = nn.Parameter(torch.empty(d_model)) if bias else None
+        self.pointwise = nn.Linear(d_model, d_model, bias=bias) if config.pointwise else None
+        self.activation = (
+            None if config.pointwise_activation == "linear" else ACT2FN[config.pointwise_activation]
+        )
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        state: ConvStateLayer | None = None,
+    ) -> torch.Tensor:
+        """Mix hidden_states (B, L, D) along the length.
+
+        Args:
+            tokens: (B, L), non-zero where the convolution may read.
+            segment_ids: (B, L), the example of a packed row that each token belongs to.
+            state: what earlier tokens left behind, in decoding; updated.
+        """
+        x = self.in_proj(hidden_states)
+        if self.gate:
+            x = F.glu(x, dim=-1)
+        y = self._convolve(x, tokens, segment_ids) if state is None else None
+        if state is not None:
+            y = self._decode(x, tokens, state)
+        if self.conv_bias is not None:
+            y = y + self.conv_bias
+        if self.pointwise is not None:
+            y = self.pointwise(y)
+        if self.activation is not None:
+            y = self.activation(y)
+        return self.out_proj(y)
+
+    def _convolve(self, x, tokens, segment_ids):
+        window = (self.left_taps, self.dilation, self.sharing, tokens, segment_ids)
+        if self.mixer == "depthwise":
+            return depthwise_conv(x, self._dropped_filter(), *window)
+        if self.mixer == "lightweight":
+            return lightweight_conv(x, self.filter, *window, dropout=self._dropout)
+        weight, bias = self.filter_proj.weight, self.filter_proj.bias
+        return dynamic_conv(x, x, weight, bias, self.kernel_size, *window, dropout=self._dropout)
+
+    def _decode(self, x, tokens, state):
+        conv_state = state.read()
+        hidden = hide_padding(x, tokens)
+        if conv_state is None:
+            y = self._convolve(x, tokens, None)
+            conv_state = next_conv_state(hidden, state.state_length)
+        else:
+            conv_state = conv_state.to(x.device)
+            y, conv_state = conv_step(
+                hidden, conv_state, self._step_filter(x), self.dilation, self.sharing
+            )
+        state.write(conv_state, hidden)
+        return y
+
+    def _step_filter(self, x):
+        """The filter that `conv_step` takes: normalised and, if dynamic, predicted from x."""
+        if self.mixer == "depthwise":
+            return self._dropped_filter()
+        if self.mixer == "lightweight":
+            return normalize_filter(self.filter, self._dropout)
+        weight, bias = self.filter_proj.weight, self.filter_proj.bias
+        return predict_filter(x, weight, bias, self.kernel_size, self._dropout)
+
+    def _dropped_filter(self):
+        return F.dropout(self.filter, self._dropout) if self._dropout else self.filter
+
+    @property
+    def _dropout(self) -> float:
+        return self.filter_dropout if self.training else 0.0
+
+
+class ConvT5Attention(nn.Module):
+    """T5's attention: no 1/sqrt(H), no biases, the position bias added to the scores.
+
+    Serves as the mixer "attention" and as cross-attention.
+    """
+
+    is_causal = False  # the mask carries causality; keeps sdpa from adding its own
+
+    def __init__(self, config: ConvT5Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.dropout, self.head_dim = config.dropout_rate, config.d_kv
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from hidden_states (B, L, D) to themselves or to encoder_hidden_states.
+
+        Args:
+            bias: added to the scores, broadcastable to (B, N, L, keys); carries mask and positions.
+
+        Returns:
+            The output (B, L, D) and, if asked for, the weights (B, N, L, keys).
+        """
+        query = self._heads(self.q(hidden_states))
+        if encoder_hidden_states is None:
+            key, value = self._heads(self.k(hidden_states)), self._heads(self.v(hidden_states))
+            if past_key_values is not None:
+                cache = past_key_values.self_attention_cache
+                key, value = cache.update(key, value, self.layer_idx)
+        else:
+            key, value = self._encoder_keys_values(encoder_hidden_states, past_key_values)
+        attend = eager_attention_forward
+        if not output_attentions and self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, bias, scaling=1.0, dropout=dropout)
+        return self.o(output.reshape(*hidden_states.shape[:2], -1)), weights
+
+    def _encoder_keys_values(self, encoder_hidden_states, past_key_values):
+        """Computed once a generation, then read back from the cache."""
+        cache = None if past_key_values is None else past_key_values.cross_attention_cache
+        if cache is not None and past_key_values.is_updated.get(self.layer_idx):
+            layer = cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key = self._heads(self.k(encoder_hidden_states))
+        value = self._heads(self.v(encoder_hidden_states))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            past_key_values.is_updated[self.layer_idx] = True
+        return key, value
+
+    def _heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    """The definition of attention that transformers' faster implementations stand in for."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    weights = F.dropout(weights.to(query.dtype), dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class TokenMasks:
+    """What a stack knows of its tokens.
+
+    Attributes:
+        past: tokens already in the cache.
+        length: new tokens L.
+        attention_mask: (B, past + L) or None.
+        segment_ids: (B, L) or None.
+        tokens: (B, L), non-zero for tokens, or None when every position is one.
+    """
+
+    def __init__(self, inputs_embeds, attention_mask, segment_ids, past):
+        batch, length = inputs_embeds.shape[:2]
+        if length == 0:
+            raise ValueError("The input has length 0: pass at least one token.")
+        if attention_mask is not None and attention_mask.shape not in (
+            (batch, length),
+            (batch, past + length),
+        ):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, length) "
+                f"= {(batch, past + length)}: one entry per token, 0 for padding."
+            )
+        if attention_mask is not None and attention_mask.shape[1] < past + length:
+            earlier = attention_mask.new_ones(batch, past + length - attention_mask.shape[1])
+            attention_mask = torch.cat([earlier, attention_mask], dim=1)
+        if segment_ids is not None:
+            if segment_ids.shape != (batch, length):
+                raise ValueError(
+                    f"segment_ids has shape {tuple(segment_ids.shape)}, expected (batch, length) = "
+                    f"{(batch, length)}: the number of each token's example, 0 for padding."
+                )
+            if segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
+                raise ValueError(
+                    f"segment_ids has dtype {segment_ids.dtype}, expected integers: 1, 2, ... for "
+                    "the packed examples, 0 for padding."
+                )
+        self.past, self.length = past, length
+        self.attention_mask, self.segment_ids = attention_mask, segment_ids
+        self.tokens = None if attention_mask is None else attention_mask[:, past:]
+        self._batch, self._device = batch, inputs_embeds.device
+
+    def positions(self) -> torch.LongTensor:
+        """(B, L): positions count real tokens, and restart in every packed example."""
+        if self.attention_mask is not None:
+            positions = (self.attention_mask != 0).long().cumsum(-1) - 1
+            positions = positions.clamp(min=0)[:, self.past :]
+        else:
+            positions = torch.arange(self.past, self.past + self.length, device=self._device)
+            positions = positions.expand(self._batch, -1)
+        if self.segment_ids is not None:
+            first = F.pad(self.segment_ids[:, 1:] != self.segment_ids[:, :-1], (1, 0), value=True)
+            starts = torch.where(first, positions, torch.zeros_like(positions)).cummax(-1).values
+            positions = positions - starts
+        return positions
+
+
+def self_attention_bias(
+    table: nn.Embedding, masks: TokenMasks, config: ConvT5Config, causal: bool
+) -> torch.Tensor:
+    """T5's relative position bias, with the lowest number wherever a query may not look.
+
+    Returns:
+        (1 or B, N, L, past + L) in the dtype of the table.
+    """
+    queries, keys = masks.length, masks.past + masks.length
+    device = table.weight.device
+    positions = torch.arange(keys, device=device)
+    distance = positions[None, :] - positions[masks.past :, None]
+    buckets = relative_position_bucket(
+        distance,
+        bidirectional=not causal,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+    )
+    bias = table(buckets).permute(2, 0, 1)[None]
+    visible = (distance <= 0)[None, None] if causal else None
+    if masks.attention_mask is not None:
+        real = (masks.attention_mask != 0)[:, None, None, :]
+        visible = real if visible is None else visible & real
+    if masks.segment_ids is not None:
+        same = _same_segment(masks.segment_ids, masks.segment_ids)
+        visible = same if visible is None else visible & same
+    if visible is None:
+        return bias
+    return bias.masked_fill(~visible.expand(-1, -1, queries, keys), _lowest(bias))
+
+
+def cross_attention_bias(hidden_states, encoder_mask, encoder_segments, segments):
+    """0 where a decoder position may see an encoder position, the lowest number elsewhere."""
+    visible = None
+    if encoder_mask is not None:
+        visible = (encoder_mask != 0)[:, None, None, :]
+    if encoder_segments is not None:
+        same = _same_segment(segments, encoder_segments)
+        visible = same if visible is None else visible & same
+    if visible is None:
+        return None
+    zeros = hidden_states.new_zeros(visible.shape)
+    return zeros.masked_fill(~visible, _lowest(zeros))
+
+
+def _same_segment(queries, keys):
+    same = queries[:, :, None] == keys[:, None, :]
+    return (same & (keys != 0)[:, None, :])[:, None]
+
+
+def _lowest(x):
+    return torch.finfo(x.dtype).min
+
+
+def relative_position_bucket(
+    distance: torch.LongTensor, bidirectional: bool, num_buckets: int, max_distance: int
+) -> torch.LongTensor:
+    """T5's buckets of key position minus query position (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets are single distances, the rest grow logarithmically up to `max_distance`;
+    with `bidirectional` the upper half of all buckets is for keys right of the query.
+    """
+    offset = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = num_buckets // 2
+    scale = (num_buckets - exact) / math.log(max_distance / exact)
+    far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
+    return offset + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
+
+
+def sinusoids(positions, d_model):
+    """Sines, then cosines, of d_model / 2 wavelengths from 2 pi to 20,000 pi (Mesh-TensorFlow)."""
+    count = d_model // 2
+    rates = torch.arange(count, device=positions.device, dtype=torch.float32)
+    rates = torch.exp(rates * (-math.log(1.0e4) / max(count - 1, 1)))
+    angles = positions[..., None].float() * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
