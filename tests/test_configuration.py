@@ -1,6 +1,8 @@
 """The configuration: presets and their sizes, JSON, errors, and no field without effect."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -259,3 +261,14 @@ def test_every_field_is_read(field):
 def test_the_table_of_changes_is_complete():
     arguments = ConvT5Config.__init__.__annotations__.keys() - {"return", "kwargs"}
     assert arguments == CHANGES.keys() | READ_ELSEWHERE
+
+
+def test_the_command_prints_every_preset():
+    command = [sys.executable, "-m", "modeling_convt5"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in table.splitlines()[1:]] == list(PRESETS)
+    assert "208,747,344" in table
+    rows = subprocess.run([*command, "--json", "dilated-base"], capture_output=True, text=True)
+    assert json.loads(rows.stdout)[0]["receptive_field"] == 195
+    wrong = subprocess.run([*command, "huge"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "unknown preset" in wrong.stderr

@@ -19,7 +19,7 @@ CODE = {
     "cache_convt5.py",
     "configuration_convt5.py",
     "convolution.py",
-    "mixers_convt5.py",
+    "layers_convt5.py",
     "modeling_convt5.py",
 }
 AUTO_CLASSES = {

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -23,11 +21,13 @@ from transformers.modeling_outputs import (
 )
 
 from .cache_convt5 import ConvStateCache, ConvStateLayer
-from .configuration_convt5 import ConvT5Config, LayerSpec
+from .configuration_convt5 import ConvT5Config
 from .convolution import hide_padding
-from .mixers_convt5 import (
+from .layers_convt5 import (
     ConvT5Attention,
     ConvT5Convolution,
+    ConvT5Layer,
+    ConvT5MLP,
     TokenMasks,
     cross_attention_bias,
     self_attention_bias,
@@ -38,84 +38,6 @@ try:  # transformers 5: initialisation that never touches weights that were load
     from transformers import initialization as init
 except ImportError:  # transformers 4
     from torch.nn import init
-
-
-class ConvT5MLP(nn.Module):
-    """Channel mixing: wo(act(wi x)), or wo(act(wi_0 x) * wi_1 x) when gated."""
-
-    def __init__(self, config: ConvT5Config):
-        super().__init__()
-        bias = config.mlp_bias
-        self.gated = config.is_gated_act
-        if self.gated:
-            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=bias)
-            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=bias)
-        else:
-            self.wi = nn.Linear(config.d_model, config.d_ff, bias=bias)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=bias)
-        self.activation = ACT2FN[config.dense_act_fn]
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.gated:
-            hidden = self.activation(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
-        else:
-            hidden = self.activation(self.wi(hidden_states))
-        return self.wo(self.dropout(hidden))
-
-
-class ConvT5Layer(GradientCheckpointingLayer):
-    """One layer: token mixing, cross-attention where the layer has it, channel mixing."""
-
-    def __init__(self, config: ConvT5Config, spec: LayerSpec, layer_idx: int):
-        super().__init__()
-        d_model, eps = config.d_model, config.layer_norm_epsilon
-        self.layer_idx = layer_idx
-        self.pre_mixer_norm = nn.RMSNorm(d_model, eps)
-        if spec.mixer == "attention":
-            self.mixer = ConvT5Attention(config, layer_idx)
-        else:
-            self.mixer = ConvT5Convolution(config, spec)
-        self.cross_attention = None
-        if spec.cross_attention:
-            self.pre_cross_attention_norm = nn.RMSNorm(d_model, eps)
-            self.cross_attention = ConvT5Attention(config, layer_idx)
-        self.pre_mlp_norm = nn.RMSNorm(d_model, eps)
-        self.mlp = ConvT5MLP(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        tokens: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        self_bias: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        cross_bias: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Returns hidden_states (B, L, D) and the mixer's and the cross-attention's weights."""
-        self_weights = cross_weights = None
-        normed = self.pre_mixer_norm(hidden_states)
-        if isinstance(self.mixer, ConvT5Attention):
-            mixed, self_weights = self.mixer(
-                normed, self_bias, None, past_key_values, output_attentions
-            )
-        else:
-            state = None
-            if past_key_values is not None:
-                state = past_key_values.self_attention_cache.layers[self.layer_idx]
-            mixed = self.mixer(normed, tokens, segment_ids, state)
-        hidden_states = hidden_states + self.dropout(mixed)
-        if self.cross_attention is not None:
-            normed = self.pre_cross_attention_norm(hidden_states)
-            attended, cross_weights = self.cross_attention(
-                normed, cross_bias, encoder_hidden_states, past_key_values, output_attentions
-            )
-            hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.pre_mlp_norm(hidden_states)))
-        return hidden_states, self_weights, cross_weights
 
 
 class ConvT5PreTrainedModel(PreTrainedModel):

@@ -1,4 +1,6 @@
-"""The two kinds of token mixing, convolution and T5's attention, and what each may see.
+"""One layer of ConvT5: token mixing (convolution or T5's attention), then channel mixing.
+
+Below the layer stands what it is told of its tokens: masks, positions and attention biases.
 
 Shapes: B batch, L length, D d_model, F num_filters, K kernel_size, N num_heads, H d_kv.
 """
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_convt5 import ConvStateLayer
@@ -195,6 +198,84 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
     weights = F.dropout(weights.to(query.dtype), dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ConvT5MLP(nn.Module):
+    """Channel mixing: wo(act(wi x)), or wo(act(wi_0 x) * wi_1 x) when gated."""
+
+    def __init__(self, config: ConvT5Config):
+        super().__init__()
+        bias = config.mlp_bias
+        self.gated = config.is_gated_act
+        if self.gated:
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=bias)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=bias)
+        else:
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=bias)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=bias)
+        self.activation = ACT2FN[config.dense_act_fn]
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gated:
+            hidden = self.activation(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+        else:
+            hidden = self.activation(self.wi(hidden_states))
+        return self.wo(self.dropout(hidden))
+
+
+class ConvT5Layer(GradientCheckpointingLayer):
+    """One layer: token mixing, cross-attention where the layer has it, channel mixing."""
+
+    def __init__(self, config: ConvT5Config, spec: LayerSpec, layer_idx: int):
+        super().__init__()
+        d_model, eps = config.d_model, config.layer_norm_epsilon
+        self.layer_idx = layer_idx
+        self.pre_mixer_norm = nn.RMSNorm(d_model, eps)
+        if spec.mixer == "attention":
+            self.mixer = ConvT5Attention(config, layer_idx)
+        else:
+            self.mixer = ConvT5Convolution(config, spec)
+        self.cross_attention = None
+        if spec.cross_attention:
+            self.pre_cross_attention_norm = nn.RMSNorm(d_model, eps)
+            self.cross_attention = ConvT5Attention(config, layer_idx)
+        self.pre_mlp_norm = nn.RMSNorm(d_model, eps)
+        self.mlp = ConvT5MLP(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        self_bias: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        cross_bias: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns hidden_states (B, L, D) and the mixer's and the cross-attention's weights."""
+        self_weights = cross_weights = None
+        normed = self.pre_mixer_norm(hidden_states)
+        if isinstance(self.mixer, ConvT5Attention):
+            mixed, self_weights = self.mixer(
+                normed, self_bias, None, past_key_values, output_attentions
+            )
+        else:
+            state = None
+            if past_key_values is not None:
+                state = past_key_values.self_attention_cache.layers[self.layer_idx]
+            mixed = self.mixer(normed, tokens, segment_ids, state)
+        hidden_states = hidden_states + self.dropout(mixed)
+        if self.cross_attention is not None:
+            normed = self.pre_cross_attention_norm(hidden_states)
+            attended, cross_weights = self.cross_attention(
+                normed, cross_bias, encoder_hidden_states, past_key_values, output_attentions
+            )
+            hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.pre_mlp_norm(hidden_states)))
+        return hidden_states, self_weights, cross_weights
 
 
 class TokenMasks:
