@@ -21,6 +21,7 @@ CODE = {
     "convolution.py",
     "layers_convt5.py",
     "modeling_convt5.py",
+    "stacks_convt5.py",
 }
 AUTO_CLASSES = {
     "AutoModel": ConvT5Model,

@@ -72,8 +72,9 @@ class ConvT5Convolution(nn.Module):
         x = self.in_proj(hidden_states)
         if self.gate:
             x = F.glu(x, dim=-1)
-        y = self._convolve(x, tokens, segment_ids) if state is None else None
-        if state is not None:
+        if state is None:
+            y = self._convolve(x, tokens, segment_ids)
+        else:
             y = self._decode(x, tokens, state)
         if self.conv_bias is not None:
             y = y + self.conv_bias

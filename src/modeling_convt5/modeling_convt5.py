@@ -1,362 +1,27 @@
 """ConvT5 in PyTorch: T5 whose token mixing is a convolution (Tay et al. 2021, arXiv 2105.03322).
 
-A layer is pre_mixer_norm -> mixer -> (pre_cross_attention_norm -> cross_attention) ->
-pre_mlp_norm -> mlp, each sublayer with a residual. The mixer is the one slot that varies; with
-"attention" in it everywhere the model is T5. The convolution itself is in convolution.py.
+The models and their heads. A layer is pre_mixer_norm -> mixer -> (pre_cross_attention_norm ->
+cross_attention) -> pre_mlp_norm -> mlp, each sublayer with a residual; the mixer is the one slot
+that varies, and with "attention" in it everywhere the model is T5. Read on in
+stacks_convt5.py (encoder and decoder), layers_convt5.py (one layer) and convolution.py.
 
-Shapes: B batch, L length, D d_model, N num_heads, H d_kv, V vocabulary.
+Shapes: B batch, L length, M target length, D d_model, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutput,
-    BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
 
-from .cache_convt5 import ConvStateCache, ConvStateLayer
+from .cache_convt5 import ConvStateCache
 from .configuration_convt5 import ConvT5Config
-from .convolution import hide_padding
-from .layers_convt5 import (
-    ConvT5Attention,
-    ConvT5Convolution,
-    ConvT5Layer,
-    ConvT5MLP,
-    TokenMasks,
-    cross_attention_bias,
-    self_attention_bias,
-    sinusoids,
-)
-
-try:  # transformers 5: initialisation that never touches weights that were loaded
-    from transformers import initialization as init
-except ImportError:  # transformers 4
-    from torch.nn import init
-
-
-class ConvT5PreTrainedModel(PreTrainedModel):
-    """Weight initialisation, saving and what transformers needs to know of the family."""
-
-    config_class = ConvT5Config
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["ConvT5Layer"]
-    _supports_sdpa = True
-
-    @property
-    def dummy_inputs(self) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]])
-        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 1, 1]])
-        return {"input_ids": ids, "decoder_input_ids": ids, "decoder_attention_mask": mask}
-
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        # transformers 5 ties nothing when `tie_word_embeddings` is False, but that field is about
-        # the logits: encoder and decoder share their token table either way, as in T5.
-        if all_submodels:
-            return super().get_expanded_tied_weights_keys(all_submodels=True)
-        return dict(self._tied_weights_keys or {})
-
-    def _tie_weights(self) -> None:  # transformers 4
-        if hasattr(self, "_tie_or_clone_weights"):
-            for target, source in (self._tied_weights_keys or {}).items():
-                modules = [self.get_submodule(key.rsplit(".", 1)[0]) for key in (target, source)]
-                self._tie_or_clone_weights(*modules)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """T5's initialisation; for the convolution Mesh-TensorFlow's: std = fan_in ** -0.5."""
-        factor, d_model = self.config.initializer_factor, self.config.d_model
-
-        def dense(layer, fan_in=d_model):
-            init.normal_(layer.weight, mean=0.0, std=factor * fan_in**-0.5)
-            if layer.bias is not None:
-                init.zeros_(layer.bias)
-
-        if isinstance(module, nn.RMSNorm):
-            init.constant_(module.weight, factor)
-        elif isinstance(module, ConvT5Convolution):
-            for layer in (module.in_proj, module.pointwise, module.out_proj):
-                if layer is not None:
-                    dense(layer)
-            if module.mixer == "dynamic":
-                dense(module.filter_proj, fan_in=module.kernel_size * d_model)
-            else:
-                init.normal_(module.filter, mean=0.0, std=factor * module.kernel_size**-0.5)
-            if module.conv_bias is not None:
-                init.zeros_(module.conv_bias)
-        elif isinstance(module, ConvT5Attention):
-            dense(module.q, fan_in=d_model * module.head_dim)
-            dense(module.k)
-            dense(module.v)
-            dense(module.o, fan_in=module.o.in_features)
-        elif isinstance(module, ConvT5MLP):
-            for layer in (module.wi_0, module.wi_1) if module.gated else (module.wi,):
-                dense(layer)
-            dense(module.wo, fan_in=module.wo.in_features)
-        elif isinstance(module, ConvT5Stack):
-            if module.relative_attention_bias is not None:
-                init.normal_(
-                    module.relative_attention_bias.weight, mean=0.0, std=factor * d_model**-0.5
-                )
-            if module.encoder_summary is not None:
-                dense(module.encoder_summary)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=factor)
-        elif isinstance(module, ConvT5ForConditionalGeneration):
-            if not self.config.tie_word_embeddings:
-                dense(module.lm_head)
-
-    def _add_embeddings(self, config: ConvT5Config, stacks: tuple[str, ...]) -> dict[str, str]:
-        """Create the tables that the stacks share; returns which stack weights are tied to them."""
-        tied = {}
-        if config.share_embeddings:
-            self.shared = nn.Embedding(config.vocab_size, config.d_model)
-            tied |= {f"{stack}.embed_tokens.weight": "shared.weight" for stack in stacks}
-            if config.position_embeddings == "learned":
-                self.shared_positions = nn.Embedding(config.max_position_embeddings, config.d_model)
-                source = "shared_positions.weight"
-                tied |= {f"{stack}.embed_positions.weight": source for stack in stacks}
-        return tied
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.shared if self.config.share_embeddings else self.encoder.embed_tokens
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        if not self.config.share_embeddings:
-            raise ValueError(
-                "ConvT5Config.share_embeddings=False: this model has two token tables, which "
-                "cannot be replaced or resized as one. Set `encoder.embed_tokens` and "
-                "`decoder.embed_tokens` yourself."
-            )
-        self.shared = new_embeddings
-        self.encoder.embed_tokens = new_embeddings
-        if hasattr(self, "decoder"):
-            self.decoder.embed_tokens = new_embeddings
-
-    def _shift_right(
-        self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor | None = None
-    ) -> torch.LongTensor:
-        """Decoder inputs (B, L) from labels (B, L): the start token, then all labels but the last.
-
-        -100 becomes the pad token; every example packed in a row begins with the start token.
-        """
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                f"decoder_start_token_id={start} and pad_token_id={pad}: both must be set in the "
-                "configuration to make decoder inputs from labels. T5 uses 0 for both."
-            )
-        shifted = F.pad(input_ids[..., :-1], (1, 0), value=start)
-        if segment_ids is not None:
-            shifted[..., 1:][segment_ids[..., 1:] != segment_ids[..., :-1]] = start
-        return shifted.masked_fill(shifted == -100, pad)
-
-
-class ConvT5Stack(ConvT5PreTrainedModel):
-    """The encoder or the decoder: embeddings, layers, final norm.
-
-    Args:
-        config: the model's configuration.
-        stack: "encoder" or "decoder".
-    """
-
-    def __init__(self, config: ConvT5Config, stack: str):
-        super().__init__(config)
-        self.is_decoder = stack == "decoder"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.embed_positions = None
-        if config.position_embeddings == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.d_model)
-        specs = config.layer_specs(stack)
-        self.layers = nn.ModuleList(ConvT5Layer(config, spec, i) for i, spec in enumerate(specs))
-        self.relative_attention_bias = None
-        if any(spec.mixer == "attention" for spec in specs):
-            self.relative_attention_bias = nn.Embedding(
-                config.relative_attention_num_buckets, config.num_heads
-            )
-        self.encoder_summary = None
-        if self.is_decoder and not config.has_cross_attention:
-            self.encoder_summary = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.final_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        self.embed_tokens = new_embeddings
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        segment_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        encoder_segment_ids: torch.LongTensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions | tuple:
-        """Run the stack; `attention_mask` and `segment_ids` are (B, L), see `ConvT5Model`.
-
-        Returns `hidden_states` as T5 does: the embeddings, every layer's output, and last the
-        final norm's. `attentions` has one entry for each layer whose mixer is "attention".
-        """
-        output_attentions = _default(output_attentions, self.config.output_attentions)
-        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
-        return_dict = _default(return_dict, self.config.return_dict)
-        if (input_ids is None) == (inputs_embeds is None):
-            names = "decoder_input_ids, decoder_inputs_embeds" if self.is_decoder else "input_ids"
-            raise ValueError(
-                f"You must specify exactly one of {names}"
-                f"{' (or labels)' if self.is_decoder else ' or inputs_embeds'}."
-            )
-        use_cache = self.is_decoder and bool(_default(use_cache, self.config.use_cache))
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        masks = TokenMasks(inputs_embeds, attention_mask, segment_ids, past)
-        hidden_states = self._embed(inputs_embeds, masks)
-        if self.encoder_summary is not None:
-            hidden_states = hidden_states + self._summarise(
-                encoder_hidden_states, encoder_attention_mask, encoder_segment_ids, segment_ids
-            )
-        hidden_states = self.dropout(hidden_states)
-        tokens = masks.tokens
-        if self.is_decoder and self.config.mask_decoder_start:
-            tokens = self._hide_start(input_ids, tokens)
-        self_bias = None
-        if self.relative_attention_bias is not None:
-            self_bias = self_attention_bias(
-                self.relative_attention_bias, masks, self.config, causal=self.is_decoder
-            )
-        cross_bias = None
-        if self.is_decoder and self.config.has_cross_attention:
-            cross_bias = cross_attention_bias(
-                hidden_states, encoder_attention_mask, encoder_segment_ids, segment_ids
-            )
-        all_hidden_states, self_weights, cross_weights = [hidden_states], [], []
-        for layer in self.layers:
-            hidden_states, *weights = layer(
-                hidden_states,
-                tokens,
-                segment_ids,
-                self_bias,
-                encoder_hidden_states,
-                cross_bias,
-                past_key_values=past_key_values,
-                output_attentions=output_attentions,
-            )
-            all_hidden_states.append(hidden_states)
-            self_weights.append(weights[0])
-            cross_weights.append(weights[1])
-        hidden_states = self.dropout(self.final_norm(hidden_states))
-        all_hidden_states[-1] = hidden_states
-        output = BaseModelOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=_present(self_weights) if output_attentions else None,
-        )
-        if self.is_decoder:
-            output = BaseModelOutputWithPastAndCrossAttentions(
-                **output,
-                past_key_values=past_key_values,
-                cross_attentions=_present(cross_weights) if output_attentions else None,
-            )
-        return output if return_dict else output.to_tuple()
-
-    def _prepare_cache(self, past_key_values, use_cache, segment_ids):
-        if not use_cache:
-            return None
-        if segment_ids is not None:
-            if past_key_values is not None:
-                raise ValueError(
-                    "decoder_segment_ids cannot be combined with past_key_values: packed rows are "
-                    "for training and scoring, decoding takes one example per row."
-                )
-            return None
-        if past_key_values is None:
-            return EncoderDecoderCache(ConvStateCache(self.config), DynamicCache())
-        if not isinstance(past_key_values, EncoderDecoderCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, expected what an earlier "
-                "call returned, or EncoderDecoderCache(ConvStateCache(config), DynamicCache())."
-            )
-        cache = past_key_values.self_attention_cache
-        kinds = [isinstance(layer, ConvStateLayer) for layer in cache.layers]
-        if kinds != [not isinstance(layer.mixer, ConvT5Attention) for layer in self.layers]:
-            if cache.get_seq_length() > 0:
-                raise ValueError(
-                    "past_key_values was filled by another model: its layers are not those of "
-                    "this decoder. Pass the cache that this model returned."
-                )
-            past_key_values.self_attention_cache = ConvStateCache(self.config)
-        return past_key_values
-
-    def _embed(self, inputs_embeds, masks):
-        if self.config.scale_embeddings:
-            inputs_embeds = inputs_embeds * self.config.d_model**0.5
-        if self.config.position_embeddings is None:
-            return inputs_embeds
-        positions = masks.positions()
-        # Padding repeats the position of its neighbour, so the length bounds every position.
-        longest, allowed = masks.past + masks.length, self.config.max_position_embeddings
-        if longest > allowed:
-            raise ValueError(
-                f"A row of {longest} tokens is longer than the position table "
-                f"(max_position_embeddings={allowed}). Shorten the input, or use a model without "
-                "position embeddings: convolutions need none."
-            )
-        if self.embed_positions is not None:
-            return inputs_embeds + self.embed_positions(positions)
-        return inputs_embeds + sinusoids(positions, self.config.d_model).to(inputs_embeds.dtype)
-
-    def _hide_start(self, input_ids, tokens):
-        if input_ids is None:
-            raise ValueError(
-                "ConvT5Config.mask_decoder_start=True hides the start token, which cannot be told "
-                "from decoder_inputs_embeds: pass decoder_input_ids."
-            )
-        real = input_ids != self.config.decoder_start_token_id
-        return real if tokens is None else real & (tokens != 0)
-
-    def _summarise(self, encoder_hidden_states, encoder_mask, encoder_segments, segments):
-        """The masked mean of the encoder's output, projected: (B, 1 or L, D)."""
-        states = encoder_hidden_states
-        weights = states.new_ones(states.shape[0], 1, states.shape[1], dtype=torch.float32)
-        if encoder_segments is not None:
-            weights = (segments[:, :, None] == encoder_segments[:, None, :]).float()
-        for tokens in (encoder_mask, encoder_segments):
-            if tokens is not None:
-                weights = weights * (tokens != 0)[:, None, :]
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-        mean = weights.to(dtype) @ hide_padding(states, encoder_mask, encoder_segments).to(dtype)
-        return self.encoder_summary(mean.to(states.dtype))
-
-
-def _default(value, default):
-    return default if value is None else value
-
-
-def _present(weights):
-    return tuple(w for w in weights if w is not None)
+from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
 
 class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
@@ -490,7 +155,7 @@ class ConvT5Model(_ConvT5EncoderDecoder):
             output_attentions,
             output_hidden_states,
         )
-        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if default(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 class ConvT5EncoderModel(ConvT5PreTrainedModel):
@@ -529,7 +194,7 @@ class ConvT5EncoderModel(ConvT5PreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if default(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
@@ -581,7 +246,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         if labels is not None:
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self._shift_right(labels, decoder_segment_ids)
-            use_cache = _default(use_cache, False)
+            use_cache = default(use_cache, False)
         output = self._encode_decode(
             input_ids,
             attention_mask,
@@ -606,7 +271,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         fields = {key: value for key, value in output.items() if key != "last_hidden_state"}
         output = Seq2SeqLMOutput(loss=loss, logits=logits, **fields)
-        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if default(return_dict, self.config.return_dict) else output.to_tuple()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         return self._shift_right(labels)
