@@ -1,0 +1,51 @@
+# Every target sets up what it needs; a second run starts at once.
+VENV ?= .venv
+EXTRAS ?= torch,train,dev
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# A new environment holds no bytecode; were it never written, each process would spend more than
+# twice as long on importing PyTorch and transformers.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-all lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Settings: VENV=$(VENV)  EXTRAS=$(EXTRAS)  WORKERS=$(WORKERS)  ARGS="..."  PYTHON=python3.x'
+
+setup: $(INSTALLED) ## create the virtual environment and install
+
+$(INSTALLED): pyproject.toml constraints/cpu.txt constraints/install.sh
+	sh constraints/install.sh $(VENV) $(EXTRAS)
+	@touch $@
+
+quickstart: $(INSTALLED) ## pre-train, fine-tune and evaluate a small model (ARGS="--help")
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(INSTALLED) ## the default tests (ARGS="-k NAME" for some of them)
+	$(PYTEST) $(ARGS)
+
+test-all: $(INSTALLED) ## all tests, the slow ones included
+	$(PYTEST) -m "" $(ARGS)
+
+# One thread a worker: more would only compete for the same cores.
+test test-all: export OMP_NUM_THREADS ?= 1
+
+lint: $(INSTALLED) ## what the pre-commit hook checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment, caches and build products
+	@if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
