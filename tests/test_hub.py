@@ -77,7 +77,13 @@ trainer.save_model(output + "/final")
 
 def _run(code, tmp_path, *arguments):
     """Run code in a process that knows neither the package nor the network."""
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    environment = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        # Equal bits need an equal number of threads: sums are split between them.
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     (tmp_path / "elsewhere").mkdir(exist_ok=True)
     command = [sys.executable, "-I", "-c", f"{_HIDE}\n{code}", *map(str, arguments)]
     done = subprocess.run(
