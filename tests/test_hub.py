@@ -12,6 +12,9 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncod
 from modeling_convt5 import (
     ConvT5EncoderModel,
     ConvT5ForConditionalGeneration,
+    ConvT5ForQuestionAnswering,
+    ConvT5ForSequenceClassification,
+    ConvT5ForTokenClassification,
     ConvT5Model,
 )
 
@@ -27,30 +30,34 @@ AUTO_CLASSES = {
     "AutoModel": ConvT5Model,
     "AutoModelForSeq2SeqLM": ConvT5ForConditionalGeneration,
     "AutoModelForTextEncoding": ConvT5EncoderModel,
+    "AutoModelForSequenceClassification": ConvT5ForSequenceClassification,
+    "AutoModelForTokenClassification": ConvT5ForTokenClassification,
+    "AutoModelForQuestionAnswering": ConvT5ForQuestionAnswering,
 }
 
 FRESH = """
 import sys
 import torch
 import transformers
-folder, outputs = sys.argv[1:]
+folder, outputs, *names = sys.argv[1:]
 try:
     import modeling_convt5
     sys.exit("the package is importable: this process proves nothing")
 except ImportError:
     pass
-ids = torch.arange(2, 12)[None]
+ids = torch.arange(12)[None].flip(1)
 results = {}
-for name in ("AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding"):
-    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+for name in names:
+    where = f"{folder}/{name}"
+    model = getattr(transformers, name).from_pretrained(where, trust_remote_code=True)
     inputs = {"input_ids": ids}
-    if name != "AutoModelForTextEncoding":
+    if name in ("AutoModel", "AutoModelForSeq2SeqLM"):
         inputs["decoder_input_ids"] = ids
     results[name] = model.eval()(**inputs)[0]
     if name == "AutoModelForSeq2SeqLM":
         results["generated"] = model.generate(ids, max_new_tokens=8, do_sample=False)
         model.save_pretrained(outputs + ".again")
-config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=True)
 assert type(config).__name__ == "ConvT5Config"
 for module in ("jax", "flax", "tensorflow"):
     assert module not in sys.modules, module
@@ -104,15 +111,22 @@ sys.meta_path.insert(0, _Hide())
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def folders(tmp_path_factory):
+    """One saved model of each class."""
     torch.manual_seed(0)
     config = tiny_config(
         encoder_mixers=["dynamic", "attention"], decoder_mixers=["lightweight", "depthwise"]
     )
-    model = ConvT5ForConditionalGeneration(config).eval()
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return model, folder
+    root = tmp_path_factory.mktemp("saved")
+    for name, cls in AUTO_CLASSES.items():
+        cls(config).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def saved(folders):
+    folder = folders / "AutoModelForSeq2SeqLM"
+    return ConvT5ForConditionalGeneration.from_pretrained(folder).eval(), folder
 
 
 def test_a_saved_folder_holds_code_and_no_pickle(saved):
@@ -122,27 +136,24 @@ def test_a_saved_folder_holds_code_and_no_pickle(saved):
 
 
 @pytest.mark.parametrize("name", AUTO_CLASSES)
-def test_every_class_saves_every_auto_class(name, saved, tmp_path):
-    _, folder = saved
-    model = AUTO_CLASSES[name].from_pretrained(folder)
-    model.save_pretrained(tmp_path)
-    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+def test_every_class_saves_every_auto_class(name, folders):
+    auto_map = json.loads((folders / name / "config.json").read_text())["auto_map"]
     assert auto_map == {"AutoConfig": "configuration_convt5.ConvT5Config"} | {
         key: f"modeling_convt5.{cls.__name__}" for key, cls in AUTO_CLASSES.items()
     }
-    assert CODE <= {path.name for path in tmp_path.iterdir()}
+    assert CODE <= {path.name for path in (folders / name).iterdir()}
 
 
-def test_remote_code_in_a_fresh_process(saved, tmp_path):
+def test_remote_code_in_a_fresh_process(saved, folders, tmp_path):
     model, folder = saved
-    _run(FRESH, tmp_path, folder, tmp_path / "results.pt")
+    _run(FRESH, tmp_path, folders, tmp_path / "results.pt", *AUTO_CLASSES)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    ids = torch.arange(2, 12)[None]
+    ids = torch.arange(12)[None].flip(1)
     for name, cls in AUTO_CLASSES.items():
         inputs = {"input_ids": ids}
-        if name != "AutoModelForTextEncoding":
+        if name in ("AutoModel", "AutoModelForSeq2SeqLM"):
             inputs["decoder_input_ids"] = ids
-        ours = cls.from_pretrained(folder).eval()(**inputs)[0]
+        ours = cls.from_pretrained(folders / name).eval()(**inputs)[0]
         assert torch.equal(ours, results[name]), name
     generated = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(generated, results["generated"])

@@ -17,12 +17,17 @@ __all__ = ["PRESETS", "ConvT5Config"]
 AutoConfig.register("convt5", ConvT5Config, exist_ok=True)
 
 if importlib.util.find_spec("torch") is not None:
-    from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncoding
+    import transformers
 
+    from . import modeling_convt5
     from .cache_convt5 import ConvStateCache
+    from .configuration_convt5 import AUTO_MAP
     from .modeling_convt5 import (
         ConvT5EncoderModel,
         ConvT5ForConditionalGeneration,
+        ConvT5ForQuestionAnswering,
+        ConvT5ForSequenceClassification,
+        ConvT5ForTokenClassification,
         ConvT5Model,
         ConvT5PreTrainedModel,
     )
@@ -31,9 +36,13 @@ if importlib.util.find_spec("torch") is not None:
         "ConvStateCache",
         "ConvT5EncoderModel",
         "ConvT5ForConditionalGeneration",
+        "ConvT5ForQuestionAnswering",
+        "ConvT5ForSequenceClassification",
+        "ConvT5ForTokenClassification",
         "ConvT5Model",
         "ConvT5PreTrainedModel",
     ]
-    AutoModel.register(ConvT5Config, ConvT5Model, exist_ok=True)
-    AutoModelForSeq2SeqLM.register(ConvT5Config, ConvT5ForConditionalGeneration, exist_ok=True)
-    AutoModelForTextEncoding.register(ConvT5Config, ConvT5EncoderModel, exist_ok=True)
+    for _auto, _reference in AUTO_MAP.items():
+        if _auto != "AutoConfig":
+            _model = getattr(modeling_convt5, _reference.split(".")[1])
+            getattr(transformers, _auto).register(ConvT5Config, _model, exist_ok=True)

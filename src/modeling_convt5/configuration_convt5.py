@@ -23,6 +23,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_convt5.ConvT5Model",
     "AutoModelForSeq2SeqLM": "modeling_convt5.ConvT5ForConditionalGeneration",
     "AutoModelForTextEncoding": "modeling_convt5.ConvT5EncoderModel",
+    "AutoModelForSequenceClassification": "modeling_convt5.ConvT5ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_convt5.ConvT5ForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_convt5.ConvT5ForQuestionAnswering",
 }
 ACTIVATIONS = ("linear", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid")
 

@@ -46,6 +46,7 @@ class ConvT5Convolution(nn.Module):
         self.in_proj = nn.Linear(d_model, (2 if self.gate else 1) * d_model, bias=bias)
         if self.mixer == "dynamic":
             self.filter_proj = nn.Linear(d_model, filters * self.kernel_size, bias=bias)
+            self.filter_proj.fan_in = self.kernel_size * d_model  # Mesh-TensorFlow's
         else:
             self.filter = nn.Parameter(torch.empty(filters, self.kernel_size))
         self.conv_bias = nn.Parameter(torch.empty(d_model)) if bias else None
@@ -139,6 +140,7 @@ class ConvT5Attention(nn.Module):
         self.dropout, self.head_dim = config.dropout_rate, config.d_kv
         inner = config.num_heads * config.d_kv
         self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.q.fan_in = config.d_model * config.d_kv  # in place of a 1/sqrt(H) on the scores
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
@@ -223,6 +225,21 @@ class ConvT5MLP(nn.Module):
         else:
             hidden = self.activation(self.wi(hidden_states))
         return self.wo(self.dropout(hidden))
+
+
+class ConvT5ClassificationHead(nn.Module):
+    """T5's head for whole sequences: dense, tanh, projection, with dropout before each dense."""
+
+    def __init__(self, config: ConvT5Config):
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., num_labels)."""
+        hidden_states = torch.tanh(self.dense(self.dropout(hidden_states)))
+        return self.out_proj(self.dropout(hidden_states))
 
 
 class ConvT5Layer(GradientCheckpointingLayer):

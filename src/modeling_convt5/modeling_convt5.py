@@ -17,10 +17,14 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 
 from .cache_convt5 import ConvStateCache
 from .configuration_convt5 import ConvT5Config
+from .layers_convt5 import ConvT5ClassificationHead
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
 
@@ -269,8 +273,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         loss = None
         if labels is not None:
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
-        fields = {key: value for key, value in output.items() if key != "last_hidden_state"}
-        output = Seq2SeqLMOutput(loss=loss, logits=logits, **fields)
+        output = _with_logits(Seq2SeqLMOutput, output, loss=loss, logits=logits)
         return output if default(return_dict, self.config.return_dict) else output.to_tuple()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
@@ -295,13 +298,274 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         )
 
 
+class ConvT5ForSequenceClassification(_ConvT5EncoderDecoder):
+    """A label for each text, read off the decoder at its end, as `T5ForSequenceClassification`."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: ConvT5Config):
+        super().__init__(config)
+        self.classification_head = ConvT5ClassificationHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        decoder_segment_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> Seq2SeqSequenceClassifierOutput | tuple:
+        """`ConvT5Model`'s arguments, and labels. Logits are (B, num_labels).
+
+        The text goes through the encoder and, shifted right, through the decoder; the state at the
+        last end-of-sequence token is classified. A packed row is classified by its last example.
+
+        Args:
+            labels: (B,) integers; (B,) or (B, num_labels) numbers for problem_type "regression"
+                (squared error); (B, num_labels) zeros and ones, as floats, for
+                "multi_label_classification" (a sigmoid for each label).
+
+        Raises:
+            NotImplementedError: for `inputs_embeds`, which do not tell where a text ends.
+            ValueError: if a text has no end-of-sequence token.
+        """
+        if input_ids is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} needs input_ids: inputs_embeds do not tell where a text "
+                "ends, and that is where it is classified."
+            )
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids, decoder_attention_mask = self._decoder_inputs_from_inputs(
+                input_ids, attention_mask, segment_ids
+            )
+            decoder_segment_ids = segment_ids
+        output = self._encode_decode(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            None,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            segment_ids,
+            decoder_segment_ids,
+            False if labels is not None else use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        logits = self.classification_head(self._at_the_end(output.last_hidden_state, input_ids))
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels.to(logits.device), kwargs.get("num_items_in_batch"))
+        output = _with_logits(Seq2SeqSequenceClassifierOutput, output, loss=loss, logits=logits)
+        return output if default(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _at_the_end(self, hidden_states, input_ids):
+        """The states (B, D) at each row's last end-of-sequence token."""
+        eos, shape = self.config.eos_token_id, hidden_states.shape
+        if input_ids.shape != shape[:2]:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, but the decoder's inputs "
+                f"{tuple(shape[:2])}: both hold the same text. Leave the decoder's inputs out."
+            )
+        is_end = sum(input_ids == token for token in (eos if isinstance(eos, list) else [eos])) > 0
+        positions = torch.arange(shape[1], device=input_ids.device)
+        last = positions.masked_fill(~is_end, -1).amax(-1)
+        if not torch.compiler.is_compiling() and bool((last < 0).any()):
+            raise ValueError(
+                f"Rows {(last < 0).nonzero().flatten().tolist()} of input_ids hold no "
+                f"end-of-sequence token (eos_token_id={eos}), where a text is classified. T5's "
+                "tokenizers append it; when you cut long texts, keep it."
+            )
+        last = last.to(hidden_states.device)[:, None, None].expand(-1, 1, shape[2])
+        return hidden_states.gather(1, last).squeeze(1)
+
+    def _loss(self, logits, labels, num_items):
+        config = self.config
+        if config.problem_type is None:  # remembered, so that a saved model says what it does
+            if config.num_labels == 1:
+                config.problem_type = "regression"
+            elif labels.is_floating_point():
+                config.problem_type = "multi_label_classification"
+            else:
+                config.problem_type = "single_label_classification"
+        if config.problem_type == "single_label_classification":
+            return cross_entropy(logits, labels, num_items)
+        if labels.numel() != logits.numel():
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape)}: one "
+                f"number for each text and label, as problem_type={config.problem_type!r} asks."
+            )
+        labels = labels.to(torch.promote_types(logits.dtype, torch.float32)).reshape(logits.shape)
+        regression = config.problem_type == "regression"
+        function = F.mse_loss if regression else F.binary_cross_entropy_with_logits
+        return _average(function, logits, labels, num_items)
+
+
+class ConvT5ForTokenClassification(ConvT5PreTrainedModel):
+    """A label for each token, read off the encoder, as `T5ForTokenClassification`."""
+
+    _auto_class = "AutoModelForTokenClassification"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^lm_head\."]
+
+    def __init__(self, config: ConvT5Config):
+        super().__init__(config)
+        self._tied_weights_keys = self._add_embeddings(config, ("encoder",))
+        self.encoder = ConvT5Stack(config, "encoder")
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.d_model, config.num_labels)
+        self.post_init()
+
+    def get_encoder(self) -> ConvT5Stack:
+        return self.encoder
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput | tuple:
+        """`ConvT5EncoderModel`'s arguments, and labels (B, L), -100 for none.
+
+        Logits are (B, L, num_labels).
+        """
+        output = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(output.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        output = _with_logits(TokenClassifierOutput, output, loss=loss, logits=logits)
+        return output if default(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+class ConvT5ForQuestionAnswering(_ConvT5EncoderDecoder):
+    """Where an answer begins and ends in its text, as `T5ForQuestionAnswering`."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: ConvT5Config):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.d_model, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        decoder_segment_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> Seq2SeqQuestionAnsweringModelOutput | tuple:
+        """`ConvT5Model`'s arguments, and the answer's place. Start and end logits are (B, L).
+
+        Args:
+            start_positions, end_positions: (B,) the tokens with which the answer begins and ends.
+                A position behind the row, where a long text was cut, is left out of the loss.
+        """
+        if start_positions is not None and end_positions is not None:
+            use_cache = False
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError(
+                    "The decoder's inputs are made from input_ids: pass them, or "
+                    "decoder_input_ids, or decoder_inputs_embeds."
+                )
+            decoder_input_ids, decoder_attention_mask = self._decoder_inputs_from_inputs(
+                input_ids, attention_mask, segment_ids
+            )
+            decoder_segment_ids = segment_ids
+        output = self._encode_decode(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            None,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            segment_ids,
+            decoder_segment_ids,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            pairs = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = sum(_position_loss(*pair) for pair in pairs) / 2
+        output = _with_logits(
+            Seq2SeqQuestionAnsweringModelOutput,
+            output,
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+        )
+        return output if default(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _with_logits(output_class, output, **fields):
+    """An output of a head: its own fields, then what the stacks returned beside their states."""
+    rest = {key: value for key, value in output.items() if key != "last_hidden_state"}
+    return output_class(**fields, **rest)
+
+
 def cross_entropy(
     logits: torch.Tensor, labels: torch.LongTensor, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Softmax cross-entropy of logits (..., V) and labels (...), -100 ignored, in float32."""
-    logits, labels = logits.flatten(0, -2), labels.to(logits.device).flatten()
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    """Softmax cross-entropy of logits (..., V) and labels (...), -100 ignored."""
+    labels = labels.to(logits.device).flatten()
+    return _average(F.cross_entropy, logits.flatten(0, -2), labels, num_items)
+
+
+def _position_loss(logits, positions):
+    """Cross-entropy of logits (B, L) and positions (B,); positions >= L are left out."""
+    length = logits.shape[1]
+    positions = positions.to(logits.device).flatten().clamp(0, length)
+    return _average(F.cross_entropy, logits, positions, ignore_index=length)
+
+
+def _average(loss_function, logits, labels, num_items=None, **options):
+    """A loss in float32: the mean, or the sum over `num_items`, the labels of several batches."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if num_items is None:
-        return F.cross_entropy(logits.to(dtype), labels)
-    total = F.cross_entropy(logits.to(dtype), labels, reduction="sum")
+        return loss_function(logits, labels, **options)
+    total = loss_function(logits, labels, reduction="sum", **options)
     return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)

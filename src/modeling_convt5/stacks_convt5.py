@@ -20,7 +20,6 @@ from .layers_convt5 import (
     ConvT5Attention,
     ConvT5Convolution,
     ConvT5Layer,
-    ConvT5MLP,
     TokenMasks,
     cross_attention_bias,
     self_attention_bias,
@@ -63,47 +62,27 @@ class ConvT5PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """T5's initialisation; for the convolution Mesh-TensorFlow's: std = fan_in ** -0.5."""
-        factor, d_model = self.config.initializer_factor, self.config.d_model
+        """T5's initialisation; for the convolution Mesh-TensorFlow's: std = fan_in ** -0.5.
 
-        def dense(layer, fan_in=d_model):
-            init.normal_(layer.weight, mean=0.0, std=factor * fan_in**-0.5)
-            if layer.bias is not None:
-                init.zeros_(layer.bias)
-
+        Each parameter is initialised with the module that owns it, never by a parent:
+        transformers 5 passes over modules without missing parameters of their own.
+        """
+        factor = self.config.initializer_factor
         if isinstance(module, nn.RMSNorm):
             init.constant_(module.weight, factor)
+        elif isinstance(module, nn.Linear):
+            fan_in = getattr(module, "fan_in", module.in_features)
+            init.normal_(module.weight, mean=0.0, std=factor * fan_in**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            fan_in = getattr(module, "fan_in", 1)
+            init.normal_(module.weight, mean=0.0, std=factor * fan_in**-0.5)
         elif isinstance(module, ConvT5Convolution):
-            for layer in (module.in_proj, module.pointwise, module.out_proj):
-                if layer is not None:
-                    dense(layer)
-            if module.mixer == "dynamic":
-                dense(module.filter_proj, fan_in=module.kernel_size * d_model)
-            else:
+            if module.mixer != "dynamic":
                 init.normal_(module.filter, mean=0.0, std=factor * module.kernel_size**-0.5)
             if module.conv_bias is not None:
                 init.zeros_(module.conv_bias)
-        elif isinstance(module, ConvT5Attention):
-            dense(module.q, fan_in=d_model * module.head_dim)
-            dense(module.k)
-            dense(module.v)
-            dense(module.o, fan_in=module.o.in_features)
-        elif isinstance(module, ConvT5MLP):
-            for layer in (module.wi_0, module.wi_1) if module.gated else (module.wi,):
-                dense(layer)
-            dense(module.wo, fan_in=module.wo.in_features)
-        elif isinstance(module, ConvT5Stack):
-            if module.relative_attention_bias is not None:
-                init.normal_(
-                    module.relative_attention_bias.weight, mean=0.0, std=factor * d_model**-0.5
-                )
-            if module.encoder_summary is not None:
-                dense(module.encoder_summary)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=factor)
-        elif isinstance(module, PreTrainedModel) and hasattr(module, "lm_head"):
-            if not self.config.tie_word_embeddings:
-                dense(module.lm_head)
 
     def _add_embeddings(self, config: ConvT5Config, stacks: tuple[str, ...]) -> dict[str, str]:
         """Create the tables that the stacks share; returns which stack weights are tied to them."""
@@ -131,6 +110,17 @@ class ConvT5PreTrainedModel(PreTrainedModel):
         self.encoder.embed_tokens = new_embeddings
         if hasattr(self, "decoder"):
             self.decoder.embed_tokens = new_embeddings
+
+    def _decoder_inputs_from_inputs(self, input_ids, attention_mask, segment_ids):
+        """What the heads that read a text twice give the decoder: ids (B, L) and their mask.
+
+        The text shifted right, as in T5. Left padding stays hidden and the start token takes its
+        last place, so that it changes nothing; right padding is behind every token anyway.
+        """
+        if segment_ids is not None or attention_mask is None:
+            return self._shift_right(input_ids, segment_ids), None
+        seen = (attention_mask != 0).long().cummax(-1).values
+        return self._shift_right(input_ids, seen), seen
 
     def _shift_right(
         self, input_ids: torch.LongTensor, segment_ids: torch.LongTensor | None = None
@@ -173,6 +163,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
             self.relative_attention_bias = nn.Embedding(
                 config.relative_attention_num_buckets, config.num_heads
             )
+            self.relative_attention_bias.fan_in = config.d_model
         self.encoder_summary = None
         if self.is_decoder and not config.has_cross_attention:
             self.encoder_summary = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -244,8 +235,10 @@ class ConvT5Stack(ConvT5PreTrainedModel):
             cross_bias = cross_attention_bias(
                 hidden_states, encoder_attention_mask, encoder_segment_ids, segment_ids
             )
-        all_hidden_states, self_weights, cross_weights = [hidden_states], [], []
+        all_hidden_states, self_weights, cross_weights = [], [], []
         for layer in self.layers:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states, *weights = layer(
                 hidden_states,
                 tokens,
@@ -256,14 +249,12 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                 past_key_values=past_key_values,
                 output_attentions=output_attentions,
             )
-            all_hidden_states.append(hidden_states)
             self_weights.append(weights[0])
             cross_weights.append(weights[1])
         hidden_states = self.dropout(self.final_norm(hidden_states))
-        all_hidden_states[-1] = hidden_states
         output = BaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=_present(self_weights) if output_attentions else None,
         )
         if self.is_decoder:
