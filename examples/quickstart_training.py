@@ -1,0 +1,526 @@
+"""The stages of the quickstart that make something: text, tokenizer, models and baselines.
+
+Each `make_…` writes into the folder it is given. Shapes: B batch, L length.
+"""
+
+import inspect
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import load_dataset
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.pipeline import make_pipeline
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import UnigramTrainer
+from tqdm import tqdm
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from examples.documentation_text import PACKAGES
+from modeling_convt5 import ConvT5Config, ConvT5ForConditionalGeneration
+from pretraining.collator import SpanCorruptionCollator
+
+NUM_SENTINELS = 100
+MASK_WORD = "package"  # stands for every package name in the classification texts
+EMBEDDING_RATE = 5.0
+HERE = Path(__file__).resolve().parent
+
+
+class QuickstartError(RuntimeError):
+    """Something that the user can mend; the message says what."""
+
+
+def write_json(path: Path, value) -> None:
+    """Written under another name, then renamed: a reader never sees half a file."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def prepare(threads: int) -> None:
+    """Threads of PyTorch, and silence from what has nothing to say to the user."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def hardware(threads: int) -> dict:
+    return {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def make_text(args: Namespace, folder: Path) -> None:
+    """docstrings.jsonl, by a process of its own, which needs no PyTorch."""
+    command = [sys.executable, str(HERE / "documentation_text.py")]
+    command += ["--output", str(folder / "docstrings.jsonl"), "--packages", *args.packages]
+    command += ["--package_chars", str(args.package_chars)]
+    code = subprocess.run(command).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code != 0:
+        raise QuickstartError(f"Reading docstrings failed with exit code {code}, see above.")
+
+
+def make_hub_text(args: Namespace, folder: Path) -> None:
+    """text.jsonl: the first documents of a Hub data set; one in fifty is held out."""
+    name = " ".join(filter(None, [args.dataset_name, args.dataset_config_name]))
+    try:
+        stream = load_dataset(
+            args.dataset_name, args.dataset_config_name, split="train", streaming=True
+        )
+        rows, chars = [], 0
+        with tqdm(total=args.dataset_chars, desc=f"streaming {name}", unit="char") as bar:
+            for i, example in enumerate(stream):
+                text = " ".join(str(example[args.text_column]).split())
+                rows.append({"split": "validation" if i % 50 == 0 else "train", "text": text})
+                chars += len(text)
+                bar.update(len(text))
+                if chars >= args.dataset_chars:
+                    break
+    except KeyError as error:
+        raise QuickstartError(
+            f"--text_column (={args.text_column}) is not a column of {name}, which has "
+            f"{', '.join(example)}."
+        ) from error
+    except Exception as error:  # the network, the name, the configuration: datasets says which
+        raise QuickstartError(
+            f"--dataset_name (={args.dataset_name}): expected a data set that `datasets` can "
+            f"stream, and a network connection. It says: {error}"
+        ) from error
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def make_tokenizer(args: Namespace, texts: list[str], folder: Path) -> None:
+    """A Unigram tokenizer with T5's ids: pad 0, </s> 1, <unk> 2, <extra_id_0> the last."""
+    sentinels = [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    # Splitting off punctuation keeps the candidates few and the trainer's numbers finite.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = UnigramTrainer(
+        vocab_size=args.vocab_size - NUM_SENTINELS,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+    )
+    tokenizer.train_from_iterator(random.Random(0).sample(texts, min(len(texts), 8000)), trainer)
+    # Small text may not fill the vocabulary; the sentinels still end it, highest id first.
+    tokenizer.add_special_tokens(sentinels[::-1])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=sentinels,
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    save_tokenizer(fast, folder)
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    # transformers 5 renamed the class and still reads the old name; 4 knows only that one.
+    path = folder / "tokenizer_config.json"
+    write_json(path, {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def token_rows(tokenizer, texts: list[str], raw_length: int) -> np.ndarray:
+    """The texts as one stream, </s> between them, cut into rows: no padding anywhere."""
+    ids = [i for encoded in tokenizer.backend_tokenizer.encode_batch(texts) for i in encoded.ids]
+    count = len(ids) // raw_length
+    if count == 0:
+        raise QuickstartError(
+            f"--raw_length (={raw_length}): the text has only {len(ids)} tokens, not one row."
+        )
+    return np.array(ids[: count * raw_length], dtype=np.int64).reshape(count, raw_length)
+
+
+def make_pretrained(args: Namespace, config: dict, tokenizer, texts: dict, folder: Path) -> None:
+    """A model pre-trained by span corruption, and pretraining.json with its losses.
+
+    Args:
+        args: the command line.
+        config: fields of `ConvT5Config`.
+        tokenizer: from `make_tokenizer`.
+        texts: "train" and "validation" texts.
+        folder: where model, tokenizer and, until the end, checkpoints go.
+    """
+    rows = {split: token_rows(tokenizer, texts[split], args.raw_length) for split in texts}
+    collator = SpanCorruptionCollator(tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+    torch.manual_seed(0)
+    model = ConvT5ForConditionalGeneration(
+        ConvT5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **config)
+    )
+    trainer, resumed = train(
+        "pre-training",
+        model,
+        [{"input_ids": row} for row in rows["train"]],
+        collator,
+        folder / "checkpoints",
+        args.pretrain_rate,
+        max_steps=args.pretrain_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        warmup_steps=max(1, args.pretrain_steps // 20),
+        logging_steps=max(1, args.pretrain_steps // 50),
+        save_steps=args.checkpoint_every,
+        save_total_limit=2,
+    )
+    logs = trainer.state.log_history
+    tokens = args.pretrain_steps * args.batch_size * args.raw_length
+    held_out = [{"input_ids": row} for row in rows["validation"][: 16 * args.batch_size]]
+    result = {
+        "steps": args.pretrain_steps,
+        "tokens": tokens,
+        "corpus_tokens": int(rows["train"].size),
+        # The runtime of a resumed run is that of its last part.
+        "tokens_per_second": None if resumed else tokens / logs[-1]["train_runtime"],
+        "history": [[log["step"], log["loss"]] for log in logs if "loss" in log],
+        "validation_loss": trainer.evaluate(held_out)["eval_loss"],
+        "parameters": model.num_parameters(),
+    }
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    write_json(folder / "pretraining.json", result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+class LossBar(ProgressCallback):
+    """Trainer's progress bar with the loss at its end instead of a line for every log."""
+
+    def __init__(self, label: str):
+        super().__init__()
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(self.label)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+
+def train(
+    label: str,
+    model,
+    rows,
+    collator,
+    folder: Path,
+    learning_rate: float,
+    **arguments,
+) -> tuple[Trainer, bool]:
+    """Run Trainer to its end, from the last whole checkpoint where there is one.
+
+    AdamW with a linear schedule; the embeddings, which T5 draws with standard deviation 1, get
+    EMBEDDING_RATE times the learning rate of the matrices, whose entries are that much smaller.
+
+    Returns:
+        The trainer, and whether it went on from a checkpoint.
+    """
+    table = model.get_input_embeddings().weight
+    others = [parameter for parameter in model.parameters() if parameter is not table]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": others, "lr": learning_rate},
+            {"params": [table], "lr": EMBEDDING_RATE * learning_rate},
+        ],
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            report_to="none",
+            remove_unused_columns=False,
+            use_cpu=True,
+            seed=0,
+            **arguments,
+        ),
+        train_dataset=rows,
+        data_collator=collator,
+        optimizers=(optimizer, None),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LossBar(label))
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        print(f"{label}: going on from {checkpoint.name}", flush=True)
+    # "medium" lets CPUs with bfloat16 instructions use them inside float32 matrix products (1.5
+    # times as fast here); others compute as before. What is published is computed in float32.
+    torch.set_float32_matmul_precision("medium")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return trainer, checkpoint is not None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose last file, trainer_state.json, was written to its end."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(found):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def mask_names(text: str) -> str:
+    """The text with every name of every package replaced by `MASK_WORD`."""
+    return NAMES.sub(MASK_WORD, text)
+
+
+def _names_pattern() -> re.Pattern:
+    names = sorted({name for key, more in PACKAGES.items() for name in (key, *more)}, key=len)
+    long = [re.escape(name) for name in reversed(names) if len(name) >= 5]
+    short = [re.escape(name) for name in reversed(names) if len(name) < 5]
+    # Long names also inside words (PyTorch, HuggingFaceModel), short ones (np, hf) only alone.
+    return re.compile(f"{'|'.join(long)}|(?<![a-zA-Z])(?:{'|'.join(short)})(?![a-zA-Z])", re.I)
+
+
+NAMES = _names_pattern()
+
+
+def labelled_texts(rows: list[dict], split: str, count: int, seed: int) -> list[dict]:
+    """About `count` masked docstrings of one split, as even over the packages as it has them.
+
+    Returns:
+        Rows {"text", "label"}.
+    """
+    generator = random.Random(seed)
+    groups = defaultdict(list)
+    for row in rows:
+        if row["split"] == split:
+            groups[row["package"]].append(row["text"])
+    for package in sorted(groups):
+        generator.shuffle(groups[package])
+    share = -(-count // max(1, len(groups)))
+    chosen = [
+        {"text": mask_names(text), "label": package}
+        for package in sorted(groups)
+        for text in groups[package][:share]
+    ]
+    generator.shuffle(chosen)
+    return chosen[:count]
+
+
+class TextToLabel:
+    """The task as text to text, in the form of span corruption.
+
+    Input: `from <extra_id_0> import: TEXT </s>`; target: `<extra_id_0> LABEL <extra_id_1> </s>`.
+    """
+
+    prompt = "from <extra_id_0> import: "
+
+    def __init__(self, tokenizer, length: int):
+        self.tokenizer, self.length = tokenizer, length
+
+    def tokenize(self, rows: list[dict], **kwargs):
+        texts = [self.prompt + row["text"] for row in rows]
+        return self.tokenizer(texts, truncation=True, max_length=self.length, **kwargs)
+
+    def examples(self, rows: list[dict]) -> list[dict]:
+        """Rows for `DataCollatorForSeq2Seq`."""
+        inputs = self.tokenize(rows)
+        targets = self.tokenizer([f"<extra_id_0> {row['label']} <extra_id_1>" for row in rows])
+        return [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+            for ids, labels in zip(inputs["input_ids"], targets["input_ids"], strict=True)
+        ]
+
+    def texts_read(self, rows: list[dict]) -> list[str]:
+        """The part of each text that the model reads, for a baseline that reads no more."""
+        offsets = self.tokenize(rows, return_offsets_mapping=True)["offset_mapping"]
+        ends = [max(end for _, end in row) - len(self.prompt) for row in offsets]
+        return [row["text"][:end] for row, end in zip(rows, ends, strict=True)]
+
+    def predict(self, model, rows: list[dict]) -> list[str]:
+        """The label generated for each text; texts of like length share a batch."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
+        texts = [self.prompt + rows[i]["text"] for i in order]
+        self.tokenizer.model_max_length = self.length
+        found = dict(zip(order, predict_in_order(model, self.tokenizer, texts), strict=True))
+        return [found[i].strip() for i in range(len(rows))]
+
+
+def scores(rows: list[dict], predictions: list[str]) -> dict[str, float]:
+    truth = [row["label"] for row in rows]
+    macro = f1_score(
+        truth, predictions, labels=sorted(set(truth)), average="macro", zero_division=0
+    )
+    return {"accuracy": accuracy_score(truth, predictions), "macro_f1": float(macro)}
+
+
+def make_finetuned(args, model, tokenizer, data: dict, rate: float, seed: int, label: str, folder):
+    """One fine-tuned model with its scores on the validation and the test files."""
+    task = TextToLabel(tokenizer, args.input_length)
+    steps = args.finetune_epochs * -(-len(data["train"]) // args.finetune_batch_size)
+    torch.manual_seed(seed)
+    train(
+        label,
+        model,
+        task.examples(data["train"]),
+        DataCollatorForSeq2Seq(tokenizer),
+        folder / "checkpoints",
+        rate,
+        max_steps=steps,
+        per_device_train_batch_size=args.finetune_batch_size,
+        warmup_steps=max(1, steps // 10),
+        logging_steps=10,
+        save_strategy="no",
+        data_seed=seed,
+    )
+    result = {"learning_rate": rate, "seed": seed}
+    for split in ("validation", "test"):
+        result[split] = scores(data[split], task.predict(model, data[split]))
+    model.save_pretrained(folder)
+    write_json(folder / "scores.json", result)
+
+
+def baselines(task: TextToLabel, data: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+    """Test scores of the majority class and of TF-IDF + logistic regression.
+
+    TF-IDF once reads the same part of each docstring as the model, once all of it; its
+    regularisation is chosen on the validation docstrings.
+    """
+    labels = {split: [row["label"] for row in rows] for split, rows in data.items()}
+    read = {split: task.texts_read(rows) for split, rows in data.items()}
+    whole = {split: [row["text"] for row in rows] for split, rows in data.items()}
+    majority = DummyClassifier().fit(read["train"], labels["train"])
+    found = {"majority": scores(data["test"], list(majority.predict(read["test"])))}
+    for name, texts in (("tfidf", read), ("tfidf_whole", whole)):
+        candidates = [
+            make_pipeline(
+                TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=strength, max_iter=1000)
+            ).fit(texts["train"], labels["train"])
+            for strength in (1.0, 10.0, 100.0)
+        ]
+        best = max(candidates, key=lambda it: it.score(texts["validation"], labels["validation"]))
+        found[name] = scores(data["test"], list(best.predict(texts["test"])))
+    return found
+
+
+@torch.no_grad()
+def fill_spans(model, tokenizer, text: str, raw_length: int = 48) -> dict[str, str]:
+    """Hide spans of a held-out text as in pre-training, and let the model fill them."""
+    tokens = np.array(tokenizer(text)["input_ids"][:raw_length])
+    collator = SpanCorruptionCollator(tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+    batch = collator([{"input_ids": tokens}])
+    ids = model.eval().generate(batch["input_ids"], num_beams=4, max_new_tokens=32)
+
+    def decode(ids):
+        return tokenizer.decode([i for i in ids.tolist() if i not in tokenizer_ends]).strip()
+
+    tokenizer_ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    return {
+        "input": decode(batch["input_ids"][0]),
+        "hidden": decode(batch["labels"][0]),
+        "filled": decode(ids[0]),
+    }
+
+
+def new_model(vocab_size: int, dropout_rate: float, config: dict, seed: int, pretrained):
+    """The model to fine-tune: pre-trained, or of the same shape with fresh weights."""
+    torch.manual_seed(seed)
+    if pretrained is not None:
+        return ConvT5ForConditionalGeneration.from_pretrained(pretrained, dropout_rate=dropout_rate)
+    return ConvT5ForConditionalGeneration(
+        ConvT5Config(vocab_size=vocab_size, dropout_rate=dropout_rate, **config)
+    )
+
+
+def predict_in_order(model, tokenizer, texts, batch_size=64):
+    """What a user types. It runs here, and in a process that has never seen the package."""
+    predictions = []
+    for i in range(0, len(texts), batch_size):
+        batch = texts[i : i + batch_size]
+        inputs = tokenizer(batch, truncation=True, padding=True, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=12)
+        predictions += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return predictions
+
+
+RELOAD = f"""
+import json, sys
+sys.modules["modeling_convt5"] = None  # importing it fails, installed or not
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+{inspect.getsource(predict_in_order)}
+
+folder, texts, output = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
+texts = json.load(open(texts, encoding="utf-8"))
+json.dump(predict_in_order(model, tokenizer, texts), open(output, "w", encoding="utf-8"))
+"""
+
+
+def predict_in_new_process(folder: Path, texts: list[str]) -> list[str]:
+    """Predictions of the saved folder by remote code, offline, where the package is not there."""
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs, output = Path(temporary, "texts.json"), Path(temporary, "predictions.json")
+        write_json(inputs, texts)
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(Path(temporary, "home")),
+            "PYTHONPATH": "",
+        }
+        environment.pop("HF_MODULES_CACHE", None)
+        command = [sys.executable, "-c", RELOAD, str(folder.resolve()), str(inputs), str(output)]
+        done = subprocess.run(
+            command, env=environment, cwd=temporary, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise QuickstartError(f"Reloading {folder} in a new process failed:\n{done.stderr}")
+        return json.loads(output.read_text(encoding="utf-8"))
