@@ -20,7 +20,7 @@ if importlib.util.find_spec("torch") is not None:
     import transformers
 
     from . import modeling_convt5
-    from .cache_convt5 import ConvStateCache
+    from .cache_convt5 import ConvStateCache, StaticConvStateCache
     from .configuration_convt5 import AUTO_MAP
     from .modeling_convt5 import (
         ConvT5EncoderModel,
@@ -41,6 +41,7 @@ if importlib.util.find_spec("torch") is not None:
         "ConvT5ForTokenClassification",
         "ConvT5Model",
         "ConvT5PreTrainedModel",
+        "StaticConvStateCache",
     ]
     for _auto, _reference in AUTO_MAP.items():
         if _auto != "AutoConfig":

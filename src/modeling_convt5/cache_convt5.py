@@ -1,13 +1,21 @@
 """Decoding state: a constant-size `conv_state` per convolution, keys and values elsewhere.
 
 `ConvStateCache` is the self-attention half of an `EncoderDecoderCache`; the other half keeps the
-cross-attention keys and values and is transformers' own `DynamicCache`.
+cross-attention keys and values and is transformers' own `DynamicCache`. `StaticConvStateCache` is
+its counterpart for compiled decoding: every tensor keeps its address and shape.
 
 Shapes: B batch, T new tokens, S state length = left_taps * dilation, D d_model.
 """
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
 
 
 class ConvStateLayer(CacheLayerMixin):
@@ -126,3 +134,78 @@ class ConvStateCache(DynamicCache):
             for spec in config.layer_specs("decoder")
         ]
         Cache.__init__(self, layers=layers)
+
+
+class StaticConvStateLayer(ConvStateLayer):
+    """`ConvStateLayer` that is written in place, so that one compiled graph serves all positions.
+
+    Attributes:
+        seen: number of tokens read so far, a tensor: a number would be compiled into the graph.
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, state_length: int):
+        super().__init__(state_length)
+        self.seen = torch.tensor(0)
+
+    def write(self, conv_state: torch.Tensor, x: torch.Tensor) -> None:
+        if self.conv_state is None:
+            self.conv_state, self.seen = torch.zeros_like(conv_state), self.seen.to(x.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.conv_state)
+                torch._dynamo.mark_static_address(self.seen)
+            self.is_initialized = True
+        self.conv_state.copy_(conv_state)
+        self.seen.add_(x.shape[1])
+
+    def reset(self) -> None:
+        # A state of zeros is that of a row's beginning.
+        if self.conv_state is not None:
+            self.conv_state.zero_()
+        self.seen.zero_()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.conv_state is not None:
+            self.conv_state.copy_(self.conv_state[indices.to(self.conv_state.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("A static cache has a fixed batch size: use a `ConvStateCache`.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("A static cache cannot be rolled back: use a `ConvStateCache`.")
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError("A static cache records no past: use a `ConvStateCache`.")
+
+
+class StaticConvStateCache(Cache):
+    """`ConvStateCache` with fixed addresses and shapes.
+
+    Args:
+        config: the `ConvT5Config` whose decoder layers decide which kind each layer is.
+        max_cache_len: the most tokens that attention layers can hold; convolutions have no limit.
+    """
+
+    def __init__(self, config, max_cache_len: int):
+        super().__init__(
+            layers=[
+                StaticLayer(max_cache_len)
+                if spec.mixer == "attention"
+                else StaticConvStateLayer(spec.state_length)
+                for spec in config.layer_specs("decoder")
+            ]
+        )
+        self.key_length = max_cache_len
+
+
+def new_cache(config) -> EncoderDecoderCache:
+    """An empty cache for the decoder of this configuration."""
+    return EncoderDecoderCache(ConvStateCache(config), DynamicCache())
+
+
+def new_static_cache(config, max_cache_len: int, encoder_length: int) -> EncoderDecoderCache:
+    """An empty cache of fixed size, for at most `max_cache_len` decoder tokens."""
+    cross = [StaticLayer(encoder_length) for _ in range(config.num_decoder_layers)]
+    return EncoderDecoderCache(StaticConvStateCache(config, max_cache_len), Cache(layers=cross))

@@ -300,57 +300,67 @@ class TokenMasks:
     """What a stack knows of its tokens.
 
     Attributes:
-        past: tokens already in the cache.
         length: new tokens L.
-        attention_mask: (B, past + L) or None.
+        places: (L,), where the new tokens stand in the row, tokens in the cache included.
+        keys: the row's length: past + L, or the size of a static cache.
+        attention_mask: (B, keys) or None.
         segment_ids: (B, L) or None.
         tokens: (B, L), non-zero for tokens, or None when every position is one.
     """
 
-    def __init__(self, inputs_embeds, attention_mask, segment_ids, past):
-        batch, length = inputs_embeds.shape[:2]
-        if length == 0:
+    def __init__(self, inputs_embeds, attention_mask, segment_ids, past=0, keys=None):
+        """`past` tokens are in the cache (a tensor if it is static, with room for `keys`)."""
+        batch, self.length = inputs_embeds.shape[:2]
+        if self.length == 0:
             raise ValueError("The input has length 0: pass at least one token.")
-        if attention_mask is not None and attention_mask.shape not in (
-            (batch, length),
-            (batch, past + length),
-        ):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, length) "
-                f"= {(batch, past + length)}: one entry per token, 0 for padding."
-            )
-        if attention_mask is not None and attention_mask.shape[1] < past + length:
-            earlier = attention_mask.new_ones(batch, past + length - attention_mask.shape[1])
-            attention_mask = torch.cat([earlier, attention_mask], dim=1)
+        self.keys = past + self.length if keys is None else keys
+        self.places = torch.arange(self.length, device=inputs_embeds.device) + past
+        self.attention_mask = self._whole_mask(attention_mask, batch)
+        self.segment_ids = segment_ids
         if segment_ids is not None:
-            if segment_ids.shape != (batch, length):
-                raise ValueError(
-                    f"segment_ids has shape {tuple(segment_ids.shape)}, expected (batch, length) = "
-                    f"{(batch, length)}: the number of each token's example, 0 for padding."
-                )
-            if segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
-                raise ValueError(
-                    f"segment_ids has dtype {segment_ids.dtype}, expected integers: 1, 2, ... for "
-                    "the packed examples, 0 for padding."
-                )
-        self.past, self.length = past, length
-        self.attention_mask, self.segment_ids = attention_mask, segment_ids
-        self.tokens = None if attention_mask is None else attention_mask[:, past:]
-        self._batch, self._device = batch, inputs_embeds.device
+            _check_segments(segment_ids, (batch, self.length))
+        self.tokens = None
+        if self.attention_mask is not None:
+            self.tokens = self.attention_mask.index_select(1, self.places)
+        self._batch = batch
+
+    def _whole_mask(self, mask, batch):
+        """A mask of the new tokens alone says nothing against those in the cache."""
+        if mask is None or mask.shape == (batch, self.keys):
+            return mask
+        if mask.shape != (batch, self.length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected (batch, length) = "
+                f"{(batch, self.keys)}: one entry per token, 0 for padding."
+            )
+        whole = mask.new_ones(batch, self.keys)
+        return whole.index_copy(1, self.places, mask)
 
     def positions(self) -> torch.LongTensor:
         """(B, L): positions count real tokens, and restart in every packed example."""
         if self.attention_mask is not None:
             positions = (self.attention_mask != 0).long().cumsum(-1) - 1
-            positions = positions.clamp(min=0)[:, self.past :]
+            positions = positions.clamp(min=0).index_select(1, self.places)
         else:
-            positions = torch.arange(self.past, self.past + self.length, device=self._device)
-            positions = positions.expand(self._batch, -1)
+            positions = self.places.expand(self._batch, -1)
         if self.segment_ids is not None:
             first = F.pad(self.segment_ids[:, 1:] != self.segment_ids[:, :-1], (1, 0), value=True)
             starts = torch.where(first, positions, torch.zeros_like(positions)).cummax(-1).values
             positions = positions - starts
         return positions
+
+
+def _check_segments(segment_ids, shape):
+    if segment_ids.shape != shape:
+        raise ValueError(
+            f"segment_ids has shape {tuple(segment_ids.shape)}, expected (batch, length) = "
+            f"{shape}: the number of each token's example, 0 for padding."
+        )
+    if segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
+        raise ValueError(
+            f"segment_ids has dtype {segment_ids.dtype}, expected integers: 1, 2, ... for the "
+            "packed examples, 0 for padding."
+        )
 
 
 def self_attention_bias(
@@ -359,12 +369,10 @@ def self_attention_bias(
     """T5's relative position bias, with the lowest number wherever a query may not look.
 
     Returns:
-        (1 or B, N, L, past + L) in the dtype of the table.
+        (1 or B, N, L, keys) in the dtype of the table.
     """
-    queries, keys = masks.length, masks.past + masks.length
-    device = table.weight.device
-    positions = torch.arange(keys, device=device)
-    distance = positions[None, :] - positions[masks.past :, None]
+    places = masks.places.to(table.weight.device)
+    distance = torch.arange(masks.keys, device=places.device)[None, :] - places[:, None]
     buckets = relative_position_bucket(
         distance,
         bidirectional=not causal,
@@ -381,7 +389,7 @@ def self_attention_bias(
         visible = same if visible is None else visible & same
     if visible is None:
         return bias
-    return bias.masked_fill(~visible.expand(-1, -1, queries, keys), _lowest(bias))
+    return bias.masked_fill(~visible.expand(-1, -1, *distance.shape), _lowest(bias))
 
 
 def cross_attention_bias(hidden_states, encoder_mask, encoder_segments, segments):

@@ -11,7 +11,7 @@ Shapes: B batch, L length, M target length, D d_model, V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -22,10 +22,13 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .cache_convt5 import ConvStateCache
+from .cache_convt5 import new_cache, new_static_cache
 from .configuration_convt5 import ConvT5Config
 from .layers_convt5 import ConvT5ClassificationHead
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
+
+# transformers 5 can take back tokens that were read into a state, and has caches to compile.
+ROLLS_BACK = hasattr(Cache, "activate_past_recording")
 
 
 class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
@@ -205,6 +208,8 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
     """Encoder and decoder with a language-model head, as `T5ForConditionalGeneration`."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
+    # transformers 4 refuses assisted decoding for models that it cannot roll back.
+    _is_stateful = not ROLLS_BACK
 
     def __init__(self, config: ConvT5Config):
         super().__init__(config)
@@ -279,23 +284,60 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         return self._shift_right(labels)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         """Give `generate` a cache whose layers are those of the decoder."""
+        config, allowed = self.config, self.config.max_position_embeddings
+        if config.position_embeddings == "learned" and max_cache_length > allowed:
+            raise ValueError(
+                f"Generating up to {max_cache_length + 1} tokens needs more positions than the "
+                f"table has (max_position_embeddings={allowed}). Lower max_new_tokens."
+            )
+        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
         implementation = generation_config.cache_implementation
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            if implementation not in (None, "dynamic"):
-                raise ValueError(
-                    f"cache_implementation={implementation!r} is not supported: a convolution's "
-                    "state has a constant size already. Leave it out, or use 'dynamic'."
-                )
-            cache = EncoderDecoderCache(ConvStateCache(self.config), DynamicCache())
+        if implementation == "static" and ROLLS_BACK:
+            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            encoder_length = model_kwargs["encoder_outputs"][0].shape[1]
+            model_kwargs["past_key_values"] = new_static_cache(config, length, encoder_length)
+        elif implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = new_cache(config)
             if getattr(generation_config, "is_assistant", False):
-                cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
-            return None
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, *args, **kwargs
+                model_kwargs["past_key_values"].activate_past_recording()
+        else:
+            raise ValueError(
+                f"cache_implementation={implementation!r} is not supported: a convolution's state "
+                "is small and of constant size. Leave it out, or use 'static' (transformers 5) to "
+                "compile decoding into one graph."
+            )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs
+    ):
+        """As transformers', and what a returned cache has read already is not read again."""
+        if past_key_values is not None and next_sequence_length is None and ROLLS_BACK:
+            past = int(past_key_values.get_seq_length())
+            if past >= input_ids.shape[1]:
+                raise ValueError(
+                    f"decoder_input_ids holds {input_ids.shape[1]} tokens, but past_key_values has "
+                    f"read {past}: pass the whole sequence, with at least one token more."
+                )
+            next_sequence_length = input_ids.shape[1] - past
+        if next_sequence_length is not None:
+            kwargs["next_sequence_length"] = next_sequence_length
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
         )
+
+    def create_masks_for_generate(self, attention_mask, past_key_values, **kwargs):
+        """A decoder mask (B, past + L) at the size of a static cache, so that no shape changes."""
+        if attention_mask is None:
+            return None
+        keys = past_key_values.self_attention_cache.key_length
+        return F.pad(attention_mask, (0, keys - attention_mask.shape[1]), value=1)
 
 
 class ConvT5ForSequenceClassification(_ConvT5EncoderDecoder):

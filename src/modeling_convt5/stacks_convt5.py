@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
-from .cache_convt5 import ConvStateCache, ConvStateLayer
+from .cache_convt5 import ConvStateCache, ConvStateLayer, new_cache
 from .configuration_convt5 import ConvT5Config
 from .convolution import hide_padding
 from .layers_convt5 import (
@@ -209,13 +209,14 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                 f"{' (or labels)' if self.is_decoder else ' or inputs_embeds'}."
             )
         use_cache = self.is_decoder and bool(default(use_cache, self.config.use_cache))
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
         past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        masks = TokenMasks(inputs_embeds, attention_mask, segment_ids, past)
+        past, keys = 0, None
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length()
+            keys = getattr(past_key_values.self_attention_cache, "key_length", None)
+        masks = TokenMasks(inputs_embeds, attention_mask, segment_ids, past, keys)
         hidden_states = self._embed(inputs_embeds, masks)
         if self.encoder_summary is not None:
             hidden_states = hidden_states + self._summarise(
@@ -266,17 +267,15 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _prepare_cache(self, past_key_values, use_cache, segment_ids):
-        if not use_cache:
-            return None
-        if segment_ids is not None:
-            if past_key_values is not None:
-                raise ValueError(
-                    "decoder_segment_ids cannot be combined with past_key_values: packed rows are "
-                    "for training and scoring, decoding takes one example per row."
-                )
+        if self.gradient_checkpointing and self.training:
             return None
         if past_key_values is None:
-            return EncoderDecoderCache(ConvStateCache(self.config), DynamicCache())
+            return new_cache(self.config) if use_cache and segment_ids is None else None
+        if segment_ids is not None:
+            raise ValueError(
+                "decoder_segment_ids cannot be combined with past_key_values: packed rows are for "
+                "training and scoring, decoding takes one example per row."
+            )
         if not isinstance(past_key_values, EncoderDecoderCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}, expected what an earlier "
@@ -300,7 +299,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
             return inputs_embeds
         positions = masks.positions()
         # Padding repeats the position of its neighbour, so the length bounds every position.
-        longest, allowed = masks.past + masks.length, self.config.max_position_embeddings
+        longest, allowed = masks.keys, self.config.max_position_embeddings
         if longest > allowed:
             raise ValueError(
                 f"A row of {longest} tokens is longer than the position table "
