@@ -1,6 +1,7 @@
 """A saved folder is all one needs: remote code in fresh processes, and the installed package."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -82,19 +83,27 @@ trainer.save_model(output + "/final")
 """
 
 
-def _run(code, tmp_path, *arguments):
-    """Run code in a process that knows neither the package nor the network."""
-    environment = {
-        "HF_HOME": str(tmp_path / "home"),
+def environment(folder):
+    """Variables of a process that cannot reach the Hub, nor anything downloaded earlier."""
+    return {
+        "HF_HOME": str(folder / "home"),
         "HF_HUB_OFFLINE": "1",
         "PATH": "",
         # Equal bits need an equal number of threads: sums are split between them.
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
+
+
+def _run(code, tmp_path, *arguments):
+    """Run code in a process that knows neither the package nor the network."""
     (tmp_path / "elsewhere").mkdir(exist_ok=True)
     command = [sys.executable, "-I", "-c", f"{_HIDE}\n{code}", *map(str, arguments)]
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path / "elsewhere", capture_output=True, text=True
+        command,
+        env=environment(tmp_path),
+        cwd=tmp_path / "elsewhere",
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -133,6 +142,14 @@ def test_a_saved_folder_holds_code_and_no_pickle(saved):
     _, folder = saved
     names = {path.name for path in folder.iterdir()}
     assert names == CODE | {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_the_modeling_file_imports_every_other_itself(saved):
+    # transformers 4 looks no further, and copies nothing else from a local folder.
+    _, folder = saved
+    siblings = {name.removesuffix(".py") for name in CODE - {"modeling_convt5.py"}}
+    text = (folder / "modeling_convt5.py").read_text()
+    assert siblings == set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", AUTO_CLASSES)

@@ -24,6 +24,9 @@ from transformers.modeling_outputs import (
 
 from .cache_convt5 import new_cache, new_static_cache
 from .configuration_convt5 import ConvT5Config
+
+# Named here because transformers 4 fetches only the files that this one imports itself.
+from .convolution import depthwise_conv, dynamic_conv, lightweight_conv  # noqa: F401
 from .layers_convt5 import ConvT5ClassificationHead
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
