@@ -1,11 +1,15 @@
 """Fixtures that every test shares: one tiny configuration, and quiet, offline, two-core runs."""
 
 import os
+import tempfile
 
 # Before transformers is imported: no test may reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+_modules = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ["HF_MODULES_CACHE"] = _modules.name  # remote code goes here, not into the user's cache
 
 import pytest
 import torch

@@ -9,6 +9,7 @@ This file imports no deep-learning framework.
 """
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,13 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_convt5.ConvT5ForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_convt5.ConvT5ForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_convt5.ConvT5ForQuestionAnswering",
+}
+CUSTOM_PIPELINES = {
+    "text2text-generation": {
+        "impl": "pipeline_convt5.Text2TextGenerationPipeline",
+        "pt": ["AutoModelForSeq2SeqLM"],
+        "tf": [],
+    }
 }
 ACTIVATIONS = ("linear", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid")
 
@@ -217,9 +225,16 @@ class ConvT5Config(PretrainedConfig):
         self.decoder_start_token_id = decoder_start_token_id
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As `PretrainedConfig.save_pretrained`, with the code and all of `AUTO_MAP`."""
-        self.auto_map = dict(AUTO_MAP)
+        """As `PretrainedConfig.save_pretrained`, with all of `AUTO_MAP` and the pipelines."""
+        self.auto_map, self.custom_pipelines = dict(AUTO_MAP), deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PretrainedConfig.to_dict`; `pipeline()` leaves classes where JSON needs names."""
+        output = super().to_dict()
+        if "custom_pipelines" in output:
+            output["custom_pipelines"] = deepcopy(CUSTOM_PIPELINES)
+        return output
 
     @property
     def is_gated_act(self) -> bool:

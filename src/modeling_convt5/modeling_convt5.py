@@ -8,6 +8,8 @@ stacks_convt5.py (encoder and decoder), layers_convt5.py (one layer) and convolu
 Shapes: B batch, L length, M target length, D d_model, V vocabulary.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,6 +31,9 @@ from .configuration_convt5 import ConvT5Config
 from .convolution import depthwise_conv, dynamic_conv, lightweight_conv  # noqa: F401
 from .layers_convt5 import ConvT5ClassificationHead
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
+
+if TYPE_CHECKING:  # travels with a checkpoint; transformers reads these lines, Python does not
+    from .pipeline_convt5 import Text2TextGenerationPipeline  # noqa: F401
 
 # transformers 5 can take back tokens that were read into a state, and has caches to compile.
 ROLLS_BACK = hasattr(Cache, "activate_past_recording")
