@@ -398,6 +398,9 @@ def peak_memory_mb() -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    # Before PyTorch is loaded: threads that wait should not spin, or a second program on the same
+    # cores slows this one down several times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if args.dataset_name is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:

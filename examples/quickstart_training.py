@@ -26,7 +26,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import UnigramTrainer
 from tqdm import tqdm
 from transformers import (
@@ -128,12 +128,14 @@ def make_tokenizer(args: Namespace, texts: list[str], folder: Path) -> None:
     sentinels = [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
-    # Splitting off punctuation keeps the candidates few and the trainer's numbers finite.
+    # Words, digits and punctuation, each with the space before it: splitting these keeps the
+    # candidates few and the trainer's numbers finite.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.WhitespaceSplit(),
             pre_tokenizers.Metaspace(),
-            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Split(
+                Regex(r"▁?\p{L}+|▁?\p{N}|▁?[^\p{L}\p{N}▁]|▁"), behavior="isolated"
+            ),
         ]
     )
     tokenizer.decoder = decoders.Metaspace()
