@@ -1,0 +1,52 @@
+"""The benchmark scripts run and write what they say. Nothing here is timed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import benchmark_convolution
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--kernel_sizes 3 --lengths 4 --tokens 8 --d_model 8 --num_filters 2 --rounds 2 --threads 1"
+
+
+def test_convolution_writes_a_page_and_its_data_once(tmp_path):
+    arguments = [*SMALL.split(), "--output_dir", str(tmp_path / "results")]
+    run = subprocess.run(
+        [sys.executable, "benchmarks/benchmark_convolution.py", *arguments],
+        cwd=ROOT,
+        # The package of this process, whether installed or on the path.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    data, page = sorted((tmp_path / "results").iterdir())
+    assert (data.suffix, page.suffix) == (".json", ".md") and data.stem == page.stem
+    results = json.loads(data.read_text())
+    assert "--kernel_sizes 3" in results["command"] and results["command"] in page.read_text()
+    (record,) = results["times"]
+    assert (record["kernel_size"], record["length"]) == (3, 4)
+    assert len(record["seconds"]["dynamic"]["forward_backward"]) == 2
+    assert [r["num_filters"] for r in results["memory"]] == [2, 2, 8]
+    with pytest.raises(SystemExit, match="exists. Pass --overwrite to replace it."):
+        benchmark_convolution.main(arguments)
+    assert json.loads(data.read_text()) == results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--d_model 10 --num_filters 4", "--num_filters 4 must divide --d_model 10"),
+        ("--rounds 0", "--rounds 0: expected 1 or more."),
+        ("--lengths 0 128", "--lengths [0, 128]: expected 1 or more."),
+    ],
+)
+def test_convolution_names_a_wrong_argument(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_convolution.parse(arguments.split())
+    assert message in capsys.readouterr().err
