@@ -267,7 +267,8 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _prepare_cache(self, past_key_values, use_cache, segment_ids):
-        if self.gradient_checkpointing and self.training:
+        # `generate` of transformers 4 hands a given cache to the encoder as well.
+        if not self.is_decoder or (self.gradient_checkpointing and self.training):
             return None
         if past_key_values is None:
             return new_cache(self.config) if use_cache and segment_ids is None else None
