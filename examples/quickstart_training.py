@@ -35,7 +35,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from examples.documentation_text import PACKAGES
 from modeling_convt5 import ConvT5Config, ConvT5ForConditionalGeneration
@@ -43,7 +43,6 @@ from pretraining.collator import SpanCorruptionCollator
 
 NUM_SENTINELS = 100
 MASK_WORD = "package"  # stands for every package name in the classification texts
-EMBEDDING_RATE = 5.0
 HERE = Path(__file__).resolve().parent
 
 
@@ -203,6 +202,8 @@ def make_pretrained(args: Namespace, config: dict, tokenizer, texts: dict, folde
         collator,
         folder / "checkpoints",
         args.pretrain_rate,
+        args.embedding_rate,
+        (CenterEmbeddings(model.get_input_embeddings().weight, rows["train"]),),
         max_steps=args.pretrain_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
@@ -246,6 +247,28 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
 
 
+class CenterEmbeddings(TrainerCallback):
+    """Takes the mean embedding of running text out of the table after every step.
+
+    The softmax is blind to a shift common to all embeddings, and Adam, which scales the many small
+    gradients of rare tokens up, lets one grow. The encoder is not blind to it: in the mean over a
+    text the shift drowns what is particular to the text.
+
+    Args:
+        table: (V, D), the embeddings.
+        rows: the token ids of the text.
+    """
+
+    def __init__(self, table: torch.nn.Parameter, rows: np.ndarray):
+        self.table = table
+        counts = np.bincount(rows.ravel(), minlength=len(table))
+        self.frequency = torch.tensor(counts / counts.sum(), dtype=table.dtype)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with torch.no_grad():
+            self.table -= self.frequency @ self.table
+
+
 def train(
     label: str,
     model,
@@ -253,12 +276,14 @@ def train(
     collator,
     folder: Path,
     learning_rate: float,
+    embedding_rate: float,
+    callbacks: tuple[TrainerCallback, ...] = (),
     **arguments,
 ) -> tuple[Trainer, bool]:
     """Run Trainer to its end, from the last whole checkpoint where there is one.
 
     AdamW with a linear schedule; the embeddings, which T5 draws with standard deviation 1, get
-    EMBEDDING_RATE times the learning rate of the matrices, whose entries are that much smaller.
+    `embedding_rate` times the learning rate of the matrices, whose entries are much smaller.
 
     Returns:
         The trainer, and whether it went on from a checkpoint.
@@ -268,7 +293,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [
             {"params": others, "lr": learning_rate},
-            {"params": [table], "lr": EMBEDDING_RATE * learning_rate},
+            {"params": [table], "lr": embedding_rate * learning_rate},
         ],
         betas=(0.9, 0.98),
         weight_decay=0.0,
@@ -291,7 +316,8 @@ def train(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LossBar(label))
+    for callback in (LossBar(label), *callbacks):
+        trainer.add_callback(callback)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"{label}: going on from {checkpoint.name}", flush=True)
@@ -415,6 +441,7 @@ def make_finetuned(args, model, tokenizer, data: dict, rate: float, seed: int, l
         DataCollatorForSeq2Seq(tokenizer),
         folder / "checkpoints",
         rate,
+        args.embedding_rate,
         max_steps=steps,
         per_device_train_batch_size=args.finetune_batch_size,
         warmup_steps=max(1, steps // 10),
