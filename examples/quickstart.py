@@ -126,11 +126,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(task, "validation_labels", 600, "docstrings that choose the learning rates")
     add(task, "test_labels", 2000, "docstrings of the test")
     add(task, "input_length", 96, "tokens read of a docstring")
-    add(task, "finetune_epochs", 6, "passes over the labelled docstrings")
+    add(task, "finetune_epochs", 4, "passes over the labelled docstrings")
     add(task, "finetune_batch_size", 16, "docstrings of a batch")
+    add(task, "finetune_embedding_rate", 50.0, "as --embedding_rate, in fine-tuning")
     add(task, "dropout_rate", 0.1, "dropout in fine-tuning")
-    add(task, "pretrained_rates", [1e-3, 2e-3], "learning rates tried when pre-trained")
-    add(task, "scratch_rates", [1e-3, 2e-3], "learning rates tried without pre-training")
+    add(task, "pretrained_rates", [3e-4, 1e-3], "learning rates tried when pre-trained")
+    add(task, "scratch_rates", [3e-4, 1e-3], "learning rates tried without pre-training")
 
     args = parser.parse_args(arguments)
     if args.smoke:
@@ -299,7 +300,7 @@ def finetune_all(args, stages, training, rows, tokenizer, config, pretrained: Pa
     """
     common = select(args, "labels", "validation_labels", "test_labels", "input_length")
     common |= select(args, "finetune_epochs", "finetune_batch_size", "dropout_rate")
-    common |= select(args, "embedding_rate")
+    common |= select(args, "finetune_embedding_rate")
 
     def finetune(kind: str, rate: float, seed: int) -> Path:
         settings = {"kind": kind, "rate": rate, "seed": seed, "from": pretrained.name, **common}

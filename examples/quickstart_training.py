@@ -441,7 +441,7 @@ def make_finetuned(args, model, tokenizer, data: dict, rate: float, seed: int, l
         DataCollatorForSeq2Seq(tokenizer),
         folder / "checkpoints",
         rate,
-        args.embedding_rate,
+        args.finetune_embedding_rate,
         max_steps=steps,
         per_device_train_batch_size=args.finetune_batch_size,
         warmup_steps=max(1, steps // 10),
