@@ -1,15 +1,15 @@
 """Fixtures that every test shares: one tiny configuration, and quiet, offline, two-core runs."""
 
 import os
+import shutil
 import tempfile
 
 # Before transformers is imported: no test may reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-_modules = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-os.environ["HF_MODULES_CACHE"] = _modules.name  # remote code goes here, not into the user's cache
+# Remote code is copied here, not into the user's own cache.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="convt5-tests-")
 
 import pytest
 import torch
@@ -37,3 +37,7 @@ def tiny_config(**overrides) -> ConvT5Config:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)

@@ -335,9 +335,8 @@ class _Module(torch.nn.Module):
         return op(*inputs, *self.constants, *size, *window)
 
 
-@pytest.mark.parametrize(
-    ("op", "filters"), [("depthwise", "D"), ("lightweight", "2"), ("dynamic", "2")]
-)
+@pytest.mark.parametrize("filters", ["2", "D"])
+@pytest.mark.parametrize("op", OPS)
 def test_exports_with_any_length(op, filters):
     case = Case(7, "129", 1, filters, "block", "causal", "padding")
     module = _Module(op, case, _inputs(op, case)[0])
@@ -441,11 +440,13 @@ def test_what_others_hold_changes_no_bit(name, hidden, value, monkeypatch):
             inputs[key] = leaves[key].detach().masked_fill(~own[:, :, None] & fill, value)
         with torch.no_grad():
             results.append([_call(convolution, op, case, inputs)[own]])
-        if op == "dynamic":
-            continue
-        x = inputs["x"].requires_grad_()
+        if hidden != "segments" and "source" in inputs:
+            # A hidden position still has an output, whose filter carries its gradient.
+            inputs["source"] = leaves["source"].detach()
+        tokens = [inputs[key].requires_grad_() for key in ("x", "source") if key in inputs]
         y = _call(convolution, op, case, inputs)[own]
-        results[-1].append(torch.autograd.grad(y.square().sum(), x)[0][own])
+        gradients = torch.autograd.grad(y.square().sum(), tokens)
+        results[-1] += [gradient[own] for gradient in gradients]
     for clean, filled in zip(*results, strict=True):
         assert torch.equal(clean, filled)
 
@@ -559,6 +560,14 @@ def test_autocast_leaves_the_sums_in_float32(op):
         assert torch.equal(under_autocast, y)
 
 
+def test_meta_tensors_give_shapes():
+    x = torch.empty(2, 9, D_MODEL, device="meta")
+    filter = torch.empty(2, 7, device="meta")
+    weight = torch.empty(14, D_MODEL, device="meta")
+    assert convolution.lightweight_conv(x, filter, 3).shape == x.shape
+    assert convolution.dynamic_conv(x, x, weight, None, 7, 3).shape == x.shape
+
+
 def test_second_derivatives_are_right_or_refused():
     x, filter = torch.randn(1, 4, 4).double(), torch.randn(2, 3).double()
     inputs = (x.requires_grad_(), filter.requires_grad_())
@@ -574,7 +583,7 @@ def test_second_derivatives_are_right_or_refused():
 # F * K / D. At the peak, in backward: the output, the gradients of x by both ways, one tap's
 # products; and where F = D, a chunk's filters and their gradients, each 1 in the shorter row.
 MEMORY = {
-    "lightweight": (2, 1.01, 3.1),
+    "lightweight": (2, 1.01, 2.1),
     "dynamic, F << D": (2, 1.06, 4.1),
     "dynamic, F = D": (256, 1.01, 7.0),
 }
@@ -637,6 +646,11 @@ WEIGHT_IS = "dynamic_conv: weight has shape {}, expected (F * K, 8) with K = ker
 DYNAMIC_ERRORS = {
     "weight not of whole filters": ({"weight": torch.zeros(7, 8)}, WEIGHT_IS.format("(7, 8)")),
     "weight for another d_model": ({"weight": torch.zeros(8, 6)}, WEIGHT_IS.format("(8, 6)")),
+    "no taps": ({"kernel_size": 0}, "dynamic_conv: kernel_size=0, expected 1 or more."),
+    "bias of another length": (
+        {"bias": torch.zeros(4)},
+        "dynamic_conv: bias has shape (4,), expected (8,), one entry per row of weight.",
+    ),
     "source of another length": (
         {"source": X[:, :4]},
         "dynamic_conv: source has shape (2, 4, 8), expected that of x, (2, 5, 8).",
@@ -658,7 +672,16 @@ def test_errors_name_the_value_and_what_is_expected(wrong, op):
 @pytest.mark.parametrize("wrong", DYNAMIC_ERRORS)
 def test_errors_of_predicted_filters(wrong):
     changes, message = DYNAMIC_ERRORS[wrong]
-    arguments = {"x": X, "source": X, "weight": torch.zeros(8, 8), "bias": None, "left_taps": 1}
+    arguments = {"x": X, "source": X, "weight": torch.zeros(8, 8), "bias": None, "kernel_size": 4}
     with pytest.raises(ValueError) as error:
-        convolution.dynamic_conv(**arguments | changes, kernel_size=4)
+        convolution.dynamic_conv(**arguments | changes, left_taps=1)
     assert str(error.value) == message
+
+
+def test_a_step_refuses_a_state_shorter_than_its_taps_reach():
+    with pytest.raises(ValueError) as error:
+        convolution.conv_step(X, X[:, :3], torch.zeros(2, 4), dilation=2)
+    assert str(error.value) == (
+        "conv_step: conv_state has shape (2, 3, 8), expected (B, S, D) with "
+        "S >= (K - 1) * dilation = 6."
+    )

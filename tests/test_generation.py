@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tolerances
 import torch
 from conftest import tiny_config
 from transformers import CompileConfig, TextStreamer
@@ -186,7 +187,9 @@ def test_chunks_of_any_size_equal_the_full_row(mixer, chunks):
         output = model(**batch, decoder_input_ids=piece, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         pieces.append(output.logits)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        torch.cat(pieces, dim=1), full, atol=tolerances.FLOAT64_MODEL, rtol=0
+    )
 
 
 def test_conv_state_has_a_constant_size():
@@ -231,7 +234,7 @@ def test_past_recording_rolls_back():
     logits = model(
         **batch, decoder_input_ids=ids[:, 3:], past_key_values=cache, use_cache=True
     ).logits
-    torch.testing.assert_close(logits, full[:, 3:], atol=1e-10, rtol=0)
+    torch.testing.assert_close(logits, full[:, 3:], atol=tolerances.FLOAT64_MODEL, rtol=0)
     assert cache.get_seq_length() == 10
 
 
@@ -282,7 +285,7 @@ def test_encoder_outputs_and_scores_and_streams():
         def end(self):
             self.tokens.append("end")
 
-    model, batch = _model(decoder_mixers=["dynamic", "attention"]), _batch()
+    model, batch = _model(decoder_mixers=["dynamic", "attention"]).double(), _batch()
     plain = _generate(model, batch)
     encoder_outputs = model.get_encoder()(**batch)
     reused = model.generate(
@@ -301,7 +304,7 @@ def test_encoder_outputs_and_scores_and_streams():
     )
     full = model(**batch, decoder_input_ids=outputs.sequences, use_cache=False).logits
     for step, logits in enumerate(outputs.logits):
-        torch.testing.assert_close(logits, full[:, step], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, full[:, step], atol=tolerances.FLOAT32_STATES, rtol=0)
 
 
 def test_rolling_back_unrecorded_tokens_is_refused():

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import tolerances
 import torch
 import transformers
 from conftest import tiny_config
@@ -64,9 +65,9 @@ def test_all_attention_heads_are_t5s(name):
     model.load_state_dict(weights)
     batch = {**_texts(), **_answers(name)}
     expected, actual = t5(**batch), model(**batch)
-    torch.testing.assert_close(actual.loss, expected.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.loss, expected.loss, atol=tolerances.T5_VALUES, rtol=0)
     for ours, theirs in zip(_logits(actual), _logits(expected), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=tolerances.T5_VALUES, rtol=0)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -84,7 +85,7 @@ def test_padding_changes_nothing_on_either_side(name, mixer):
         for expected, actual in zip(alone, _logits(model(**padded)), strict=True):
             if name != "SequenceClassification":
                 actual = actual[:, padding[0] : padding[0] + 8]
-            torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+            torch.testing.assert_close(actual, expected, atol=tolerances.FLOAT64_MODEL, rtol=0)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -97,7 +98,7 @@ def test_packed_rows_stay_apart(name):
     for expected, actual in zip(_logits(model(input_ids=second)), _logits(packed), strict=True):
         if name != "SequenceClassification":  # which classifies the last example
             actual = actual[:, 5:]
-        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=tolerances.FLOAT64_MODEL, rtol=0)
 
 
 def test_the_last_end_of_sequence_is_classified():
@@ -106,7 +107,7 @@ def test_the_last_end_of_sequence_is_classified():
     mask = (ids != 0).long()
     alone = model(input_ids=ids[:1, :5]).logits
     together = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[:1], alone, atol=tolerances.FLOAT32_LOGITS, rtol=0)
     model.config.eos_token_id = [EOS, 2]
     torch.testing.assert_close(model(input_ids=ids[:1, :5]).logits, alone)
 

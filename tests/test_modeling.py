@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import tolerances
 import torch
 from conftest import tiny_config
 from transformers import T5Config, T5ForConditionalGeneration
@@ -77,18 +78,20 @@ def test_all_attention_is_t5(feed_forward_proj, tied, implementation):
     batch["labels"][0, 6:] = -100
     expected = t5(**batch, output_hidden_states=True)
     actual = model(**batch, output_hidden_states=True)
-    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(actual.loss, expected.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.logits, expected.logits, atol=tolerances.T5_VALUES, rtol=0)
+    torch.testing.assert_close(actual.loss, expected.loss, atol=tolerances.T5_VALUES, rtol=0)
     for stack in ("encoder_hidden_states", "decoder_hidden_states"):
         for ours, theirs in zip(actual[stack], expected[stack], strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours, theirs, atol=tolerances.T5_VALUES, rtol=0)
     expected.loss.backward()
     actual.loss.backward()
     gradients = {_from_t5(name): p.grad for name, p in t5.named_parameters()}
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         largest = gradients[name].abs().max()
-        assert (parameter.grad - gradients[name]).abs().max() <= 1e-5 * largest, name
+        assert (
+            parameter.grad - gradients[name]
+        ).abs().max() <= tolerances.T5_GRADIENTS * largest, name
     del batch["labels"]
     kwargs = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(**batch, **kwargs), t5.generate(**batch, **kwargs))
@@ -120,7 +123,7 @@ def test_shifting_the_text_in_its_padding_shifts_the_output(mixer):
         output = model(input_ids=ids, attention_mask=mask).last_hidden_state
         outputs.append(output[:, left : left + 6])
     for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(output, outputs[0], atol=tolerances.FLOAT32_STATES, rtol=0)
 
 
 @pytest.mark.parametrize("positions", [None, "learned", "sinusoidal"])
@@ -145,7 +148,9 @@ def test_packed_examples_equal_separate_ones(mixer, cross_attention, positions):
                 input_ids=batch["input_ids"][row : row + 1, here],
                 labels=batch["labels"][row : row + 1, there],
             ).logits
-            torch.testing.assert_close(packed[row, there], alone[0], atol=1e-10, rtol=0)
+            torch.testing.assert_close(
+                packed[row, there], alone[0], atol=tolerances.FLOAT64_MODEL, rtol=0
+            )
 
 
 @pytest.mark.parametrize("cross_attention", [True, False])
@@ -314,7 +319,7 @@ def test_half_precision_follows_float32(dtype):
     expected = model(**batch).logits
     actual = model.to(dtype)(**batch).logits
     assert actual.dtype == dtype
-    assert (actual - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerances.HALF_PRECISION_MODEL * expected.abs().max()
 
 
 WRONG_INPUTS = {

@@ -21,6 +21,9 @@ Shapes: B batch, L length, D d_model, F num_filters, C = D / F channels of a fil
 S state length = left_taps * dilation, T a number of new tokens in decoding.
 """
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -117,10 +120,17 @@ def dynamic_conv(
     Raises:
         ValueError: for shapes or dtypes that do not fit.
     """
+    if kernel_size < 1:
+        raise ValueError(f"dynamic_conv: kernel_size={kernel_size}, expected 1 or more.")
     if weight.dim() != 2 or weight.shape[0] % kernel_size or weight.shape[1] != source.shape[-1]:
         raise ValueError(
             f"dynamic_conv: weight has shape {tuple(weight.shape)}, expected (F * K, "
             f"{source.shape[-1]}) with K = kernel_size = {kernel_size}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"dynamic_conv: bias has shape {tuple(bias.shape)}, expected "
+            f"{tuple(weight.shape[:1])}, one entry per row of weight."
         )
     if source.shape != x.shape:
         raise ValueError(
@@ -139,27 +149,20 @@ def dynamic_conv(
     batch, length, channels = x.shape
     if weight.shape[0] <= channels:
         return convolve(x, source, segment_ids, segment_ids, reach)
-    if torch.compiler.is_compiling():
-        step = length  # a loop over a symbolic length would be unrolled
-    else:
-        step = max(1, _CHUNK_ELEMENTS // max(1, batch * weight.shape[0]))
-    rematerialise = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        convolve = partial(checkpoint, convolve, use_reentrant=False)
+    if torch.compiler.is_compiling():  # a loop would fix the length, or be unrolled over it
+        return convolve(x, source, segment_ids, segment_ids, reach)
+    step = max(1, _CHUNK_ELEMENTS // max(1, batch * weight.shape[0]))
     chunks = []
     for start in range(0, length, step):
         stop = min(start + step, length)
         first = max(0, start - reach)
         last = min(length, max(first, stop + (kernel_size - 1) * dilation - reach))
-        arguments = (
-            x[:, first:last],
-            source[:, start:stop],
-            None if segment_ids is None else segment_ids[:, first:last],
-            None if segment_ids is None else segment_ids[:, start:stop],
-            reach + first - start,
-        )
-        if rematerialise:
-            chunks.append(checkpoint(convolve, *arguments, use_reentrant=False))
-        else:
-            chunks.append(convolve(*arguments))
+        keys = None if segment_ids is None else segment_ids[:, first:last]
+        queries = None if segment_ids is None else segment_ids[:, start:stop]
+        origin = reach + first - start
+        chunks.append(convolve(x[:, first:last], source[:, start:stop], keys, queries, origin))
     return torch.cat(chunks, dim=1)
 
 
@@ -180,14 +183,23 @@ def conv_step(
 
     Returns:
         The output (B, T, D) and the new state (B, S, D), both in the dtype of x.
+
+    Raises:
+        ValueError: for a state of fewer than (K - 1) * dilation inputs.
     """
     state_length, length = conv_state.shape[1], x.shape[1]
+    reach = (filter.shape[-1] - 1) * dilation
+    if state_length < reach:
+        raise ValueError(
+            f"conv_step: conv_state has shape {tuple(conv_state.shape)}, expected (B, S, D) with "
+            f"S >= (K - 1) * dilation = {reach}."
+        )
     window = torch.cat([conv_state.to(x.dtype), x], dim=1)
     if length > 1:
         y = _shift(window, filter, 0, dilation, sharing, length)
     else:
         dtype = _accumulation_dtype(x)
-        taps_BKD = window[:, : (filter.shape[-1] - 1) * dilation + 1 : dilation].to(dtype)
+        taps_BKD = window[:, : reach + 1 : dilation].to(dtype)
         taps = _group(taps_BKD, filter.shape[-2], sharing)
         filter_BKF = filter.to(dtype).reshape(-1, *filter.shape[-2:]).transpose(1, 2)
         y = (taps * _broadcast(filter_BKF, sharing)).sum(1, keepdim=True).reshape(x.shape)
@@ -237,7 +249,7 @@ def _convolve(x, filter, origin, dilation, sharing, keys=None, queries=None):
     kernel_size, predicted = filter.shape[-1], filter.dim() == 4
     length = filter.shape[1] if predicted else x.shape[1]
     # The sums are float32 by construction; autocast would put them back into half precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():
             return _shift(x, filter, origin, dilation, sharing, length, keys, queries)
         if not predicted and keys is None:
@@ -252,7 +264,8 @@ def _conv2d(x, filter, origin, dilation, sharing):
     """One filter per channel through the library's depthwise kernel.
 
     A 2-D convolution over (B, D, L, 1) with channels-last strides takes (B, L, D) as it lies in
-    memory, where a 1-D convolution would transpose it.
+    memory, where a 1-D convolution would transpose it. The permutation below yields such strides
+    for the last dimension as well, `transpose(1, 2).unsqueeze(-1)` does not and is copied.
     """
     batch, length, channels = x.shape
     kernel_size = filter.shape[-1]
@@ -265,14 +278,14 @@ def _conv2d(x, filter, origin, dilation, sharing):
         filter = filter.repeat(repeats, 1)
     padding = max(origin, (kernel_size - 1) * dilation - origin)
     y = F.conv2d(
-        x.to(dtype).transpose(1, 2).unsqueeze(-1),
+        x.to(dtype).unsqueeze(2).permute(0, 3, 1, 2),
         filter[:, None, :, None],
         padding=(padding, 0),
         dilation=(dilation, 1),
         groups=channels,
     )
     start = padding - origin
-    return y[:, :, start : start + length, 0].transpose(1, 2).to(x.dtype)
+    return y.squeeze(-1)[:, :, start : start + length].transpose(1, 2).to(x.dtype)
 
 
 def _shift(x, filter, origin, dilation, sharing, length, keys=None, queries=None):
@@ -286,11 +299,11 @@ def _shift(x, filter, origin, dilation, sharing, length, keys=None, queries=None
     y = None
     for i, tap in enumerate(filter.to(dtype).unbind(-1)):
         start = i * dilation
-        inputs = _group(window[:, start : start + length].to(dtype), tap.shape[-1], sharing)
-        term = inputs * _broadcast(tap, sharing)
+        inputs = window[:, start : start + length].to(dtype)
         if keys is not None:
-            same = keys[:, start : start + length] == queries
-            term = term.masked_fill(~same[:, :, None, None], 0.0)
+            other = keys[:, start : start + length] != queries
+            inputs = inputs.masked_fill(other[:, :, None], 0.0)
+        term = _group(inputs, tap.shape[-1], sharing) * _broadcast(tap, sharing)
         y = term if y is None else y + term
     return y.flatten(2).to(x.dtype)
 
@@ -306,12 +319,11 @@ class _ShiftConvolution(torch.autograd.Function):
         inputs, taps, _ = _operands(x, filter, sharing)
         y = inputs.new_zeros(x.shape[0], length, *inputs.shape[2:])
         for i, read, write in _overlaps(x.shape[1], length, filter.shape[-1], origin, dilation):
-            tap = _at(taps, i, write)
-            if keys is None:
-                y[:, write].addcmul_(inputs[:, read], tap)
-            else:
+            seen = inputs[:, read]
+            if keys is not None:
                 other = keys[:, read] != queries[:, write]
-                y[:, write] += (inputs[:, read] * tap).masked_fill_(other[:, :, None, None], 0.0)
+                seen = seen.masked_fill(other[:, :, None, None], 0.0)
+            y[:, write].addcmul_(seen, _at(taps, i, write))
         return y.flatten(2).to(x.dtype)
 
     @staticmethod
@@ -325,14 +337,16 @@ class _ShiftConvolution(torch.autograd.Function):
         grad_inputs = torch.zeros_like(inputs) if ctx.needs_input_grad[0] else None
         grad_filter = torch.zeros_like(filter, dtype=inputs.dtype)
         for i, read, write in _overlaps(x.shape[1], length, filter.shape[-1], origin, dilation):
-            grad = grad_y[:, write]
-            if keys is not None:
-                other = keys[:, read] != queries[:, write]
-                grad = grad.masked_fill(other[:, :, None, None], 0.0)
-            if grad_inputs is not None:
-                grad_inputs[:, read].addcmul_(grad, _at(taps, i, write))
+            grad, tap = grad_y[:, write], _at(taps, i, write)
+            other = None if keys is None else (keys[:, read] != queries[:, write])[:, :, None]
+            if grad_inputs is not None and other is None:
+                grad_inputs[:, read].addcmul_(grad, tap)
+            elif grad_inputs is not None:
+                grad_inputs[:, read] += (grad * tap).masked_fill_(other[..., None], 0.0)
             if ctx.needs_input_grad[1]:
                 product = (grad * inputs[:, read]).sum(channel_dim)
+                if other is not None:
+                    product = product.masked_fill_(other, 0.0)
                 if filter.dim() == 4:
                     grad_filter[:, write, :, i] = product
                 else:
