@@ -286,7 +286,7 @@ class ConvT5Layer(GradientCheckpointingLayer):
                 state = past_key_values.self_attention_cache.layers[self.layer_idx]
             mixed = self.mixer(normed, tokens, segment_ids, state)
         hidden_states = hidden_states + self.dropout(mixed)
-        if self.cross_attention is not None:
+        if self.cross_attention is not None and encoder_hidden_states is not None:
             normed = self.pre_cross_attention_norm(hidden_states)
             attended, cross_weights = self.cross_attention(
                 normed, cross_bias, encoder_hidden_states, past_key_values, output_attentions

@@ -40,6 +40,7 @@ class ConvT5PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ConvT5Layer"]
     _supports_sdpa = True
+    _can_compile_fullgraph = True
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
@@ -100,16 +101,23 @@ class ConvT5PreTrainedModel(PreTrainedModel):
         return self.shared if self.config.share_embeddings else self.encoder.embed_tokens
 
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        if not self.config.share_embeddings:
-            raise ValueError(
-                "ConvT5Config.share_embeddings=False: this model has two token tables, which "
-                "cannot be replaced or resized as one. Set `encoder.embed_tokens` and "
-                "`decoder.embed_tokens` yourself."
-            )
-        self.shared = new_embeddings
+        if self.config.share_embeddings:
+            self.shared = new_embeddings
+            if hasattr(self, "decoder"):
+                self.decoder.embed_tokens = new_embeddings
         self.encoder.embed_tokens = new_embeddings
-        if hasattr(self, "decoder"):
-            self.decoder.embed_tokens = new_embeddings
+
+    def _resize_token_embeddings(
+        self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True
+    ) -> nn.Embedding:
+        """As transformers'; with two token tables, both grow."""
+        if not self.config.share_embeddings and hasattr(self, "decoder"):
+            table = self.decoder.embed_tokens
+            resized = self._get_resized_embeddings(
+                table, new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
+            self.decoder.embed_tokens = resized.requires_grad_(table.weight.requires_grad)
+        return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def _decoder_inputs_from_inputs(self, input_ids, attention_mask, segment_ids):
         """What the heads that read a text twice give the decoder: ids (B, L) and their mask.
@@ -218,7 +226,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
             keys = getattr(past_key_values.self_attention_cache, "key_length", None)
         masks = TokenMasks(inputs_embeds, attention_mask, segment_ids, past, keys)
         hidden_states = self._embed(inputs_embeds, masks)
-        if self.encoder_summary is not None:
+        if self.encoder_summary is not None and encoder_hidden_states is not None:
             hidden_states = hidden_states + self._summarise(
                 encoder_hidden_states, encoder_attention_mask, encoder_segment_ids, segment_ids
             )
@@ -232,7 +240,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                 self.relative_attention_bias, masks, self.config, causal=self.is_decoder
             )
         cross_bias = None
-        if self.is_decoder and self.config.has_cross_attention:
+        if encoder_hidden_states is not None and self.config.has_cross_attention:
             cross_bias = cross_attention_bias(
                 hidden_states, encoder_attention_mask, encoder_segment_ids, segment_ids
             )
