@@ -263,7 +263,8 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         if labels is not None:
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self._shift_right(labels, decoder_segment_ids)
-            use_cache = default(use_cache, False)
+            if self.training:
+                use_cache = default(use_cache, False)
         output = self._encode_decode(
             input_ids,
             attention_mask,
