@@ -49,8 +49,8 @@ SMOKE = {
     "validation_labels": 32,
     "test_labels": 48,
     "finetune_epochs": 1,
-    "pretrained_rates": [2e-3],
-    "scratch_rates": [2e-3],
+    "pretrained_rates": [2e-2],
+    "scratch_rates": [2e-2],
     "seeds": [0, 1],
 }
 
@@ -99,26 +99,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("tokenizer and model")
     add(model, "vocab_size", 8192, "pieces, the sentinels included")
-    add(model, "d_model", 192, "channels")
-    add(model, "d_ff", 384, "channels inside the feed-forward sublayer")
+    add(model, "d_model", 128, "channels")
+    add(model, "d_ff", 256, "channels inside the feed-forward sublayer")
     add(model, "num_decoder_layers", 1, "decoder layers")
-    add(model, "num_heads", 4, "heads of the cross-attention, if any")
+    add(model, "num_heads", 4, "heads of the cross-attention")
     add(model, "d_kv", 32, "channels of a head")
-    add(model, "kernel_size", 9, "taps of an encoder filter")
-    model.add_argument(
-        "--cross_attention",
-        action="store_true",
-        help="let the decoder attend to every encoder position; by default it is given their mean, "
-        "which a short pre-training makes better use of",
-    )
-    add(model, "dilations", [1, 2], "distances between taps, one an encoder layer")
+    add(model, "kernel_size", 7, "taps of an encoder filter")
+    add(model, "dilations", [1, 2, 4], "distances between taps, one an encoder layer")
 
     pretraining = parser.add_argument_group("pre-training")
     add(pretraining, "raw_length", 141, "tokens of a row before corruption")
     add(pretraining, "batch_size", 32, "rows of a batch")
-    add(pretraining, "pretrain_steps", 2500, "optimizer steps")
-    add(pretraining, "pretrain_rate", 2.5e-3, "peak learning rate")
-    add(pretraining, "embedding_rate", 8.0, "learning rate of the embeddings over that of the rest")
+    add(pretraining, "pretrain_steps", 1600, "optimizer steps")
+    add(pretraining, "pretrain_rate", 2e-2, "peak learning rate")
     add(pretraining, "checkpoint_every", 200, "steps from one checkpoint to the next")
 
     task = parser.add_argument_group("fine-tuning")
@@ -127,11 +120,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(task, "test_labels", 2000, "docstrings of the test")
     add(task, "input_length", 96, "tokens read of a docstring")
     add(task, "finetune_epochs", 4, "passes over the labelled docstrings")
-    add(task, "finetune_batch_size", 16, "docstrings of a batch")
-    add(task, "finetune_embedding_rate", 50.0, "as --embedding_rate, in fine-tuning")
+    add(task, "finetune_batch_size", 32, "docstrings of a batch")
     add(task, "dropout_rate", 0.1, "dropout in fine-tuning")
-    add(task, "pretrained_rates", [3e-4, 1e-3], "learning rates tried when pre-trained")
-    add(task, "scratch_rates", [3e-4, 1e-3], "learning rates tried without pre-training")
+    add(task, "pretrained_rates", [2e-2, 4e-2], "learning rates tried when pre-trained")
+    add(task, "scratch_rates", [2e-2, 4e-2], "learning rates tried without pre-training")
 
     args = parser.parse_args(arguments)
     if args.smoke:
@@ -259,7 +251,7 @@ def run(args: argparse.Namespace) -> dict:
 
     config = model_fields(args)
     settings = {"tokenizer": folder.name, **config} | select(
-        args, "raw_length", "batch_size", "pretrain_steps", "pretrain_rate", "embedding_rate"
+        args, "raw_length", "batch_size", "pretrain_steps", "pretrain_rate"
     )
     pretrained = stages.run(
         "pretrain",
@@ -274,7 +266,6 @@ def model_fields(args: argparse.Namespace) -> dict:
     """The fields of `ConvT5Config` that the command line sets."""
     return {
         **select(args, "d_model", "d_ff", "num_decoder_layers", "num_heads", "d_kv"),
-        "cross_attention": args.cross_attention,
         "encoder_mixers": "lightweight",
         "decoder_mixers": "lightweight",
         "encoder_kernel_size": args.kernel_size,
@@ -300,7 +291,6 @@ def finetune_all(args, stages, training, rows, tokenizer, config, pretrained: Pa
     """
     common = select(args, "labels", "validation_labels", "test_labels", "input_length")
     common |= select(args, "finetune_epochs", "finetune_batch_size", "dropout_rate")
-    common |= select(args, "finetune_embedding_rate")
 
     def finetune(kind: str, rate: float, seed: int) -> Path:
         settings = {"kind": kind, "rate": rate, "seed": seed, "from": pretrained.name, **common}

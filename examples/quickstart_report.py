@@ -89,9 +89,6 @@ def card(results: dict) -> str:
         if corpus
         else "docstrings of installed Python packages (" + ", ".join(settings["packages"]) + ")"
     )
-    source = "every encoder position by cross-attention"
-    if not settings["cross_attention"]:
-        source = "the mean of the encoder's states"
     minutes = {name: value / 60 for name, value in seconds.items()}
     hardware = results["hardware"]
     return f"""---
@@ -147,7 +144,7 @@ use it for decisions about people or in products.
 - Tokenizer: Unigram, {settings["vocab_size"]:,} pieces including 100 sentinels.
 - Model: d_model {settings["d_model"]}, d_ff {settings["d_ff"]}; {len(settings["dilations"])}
   encoder layers of {settings["kernel_size"]} taps at distances {settings["dilations"]},
-  {settings["num_decoder_layers"]} decoder layers that are given {source}.
+  {settings["num_decoder_layers"]} decoder layers with cross-attention.
 - Pre-training: T5's span corruption, 15 % noise, spans of 3 tokens on average; rows of
   {settings["raw_length"]} raw tokens, {settings["batch_size"]} rows a batch,
   {pretraining["steps"]:,} steps ({pretraining["tokens"] / pretraining["corpus_tokens"]:.1f} passes

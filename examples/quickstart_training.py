@@ -30,12 +30,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import UnigramTrainer
 from tqdm import tqdm
 from transformers import (
+    Adafactor,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from examples.documentation_text import PACKAGES
 from modeling_convt5 import ConvT5Config, ConvT5ForConditionalGeneration
@@ -202,8 +203,6 @@ def make_pretrained(args: Namespace, config: dict, tokenizer, texts: dict, folde
         collator,
         folder / "checkpoints",
         args.pretrain_rate,
-        args.embedding_rate,
-        (CenterEmbeddings(model.get_input_embeddings().weight, rows["train"]),),
         max_steps=args.pretrain_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
@@ -247,28 +246,6 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
 
 
-class CenterEmbeddings(TrainerCallback):
-    """Takes the mean embedding of running text out of the table after every step.
-
-    The softmax is blind to a shift common to all embeddings, and Adam, which scales the many small
-    gradients of rare tokens up, lets one grow. The encoder is not blind to it: in the mean over a
-    text the shift drowns what is particular to the text.
-
-    Args:
-        table: (V, D), the embeddings.
-        rows: the token ids of the text.
-    """
-
-    def __init__(self, table: torch.nn.Parameter, rows: np.ndarray):
-        self.table = table
-        counts = np.bincount(rows.ravel(), minlength=len(table))
-        self.frequency = torch.tensor(counts / counts.sum(), dtype=table.dtype)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        with torch.no_grad():
-            self.table -= self.frequency @ self.table
-
-
 def train(
     label: str,
     model,
@@ -276,27 +253,20 @@ def train(
     collator,
     folder: Path,
     learning_rate: float,
-    embedding_rate: float,
-    callbacks: tuple[TrainerCallback, ...] = (),
     **arguments,
 ) -> tuple[Trainer, bool]:
     """Run Trainer to its end, from the last whole checkpoint where there is one.
 
-    AdamW with a linear schedule; the embeddings, which T5 draws with standard deviation 1, get
-    `embedding_rate` times the learning rate of the matrices, whose entries are much smaller.
+    Adafactor, as T5 was trained, with a linear schedule: an update is scaled by the size of the
+    parameter it changes, so one learning rate serves the embeddings, which T5 draws with standard
+    deviation 1, and the matrices, whose entries are ten times smaller. AdamW, with one rate for
+    both, learns too little from so few steps.
 
     Returns:
         The trainer, and whether it went on from a checkpoint.
     """
-    table = model.get_input_embeddings().weight
-    others = [parameter for parameter in model.parameters() if parameter is not table]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": others, "lr": learning_rate},
-            {"params": [table], "lr": embedding_rate * learning_rate},
-        ],
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
+    optimizer = Adafactor(
+        model.parameters(), lr=learning_rate, scale_parameter=True, relative_step=False
     )
     trainer = Trainer(
         model=model,
@@ -316,8 +286,7 @@ def train(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    for callback in (LossBar(label), *callbacks):
-        trainer.add_callback(callback)
+    trainer.add_callback(LossBar(label))
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"{label}: going on from {checkpoint.name}", flush=True)
@@ -441,7 +410,6 @@ def make_finetuned(args, model, tokenizer, data: dict, rate: float, seed: int, l
         DataCollatorForSeq2Seq(tokenizer),
         folder / "checkpoints",
         rate,
-        args.finetune_embedding_rate,
         max_steps=steps,
         per_device_train_batch_size=args.finetune_batch_size,
         warmup_steps=max(1, steps // 10),
