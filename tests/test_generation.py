@@ -9,6 +9,7 @@ from conftest import tiny_config
 from transformers import CompileConfig, TextStreamer
 
 from modeling_convt5 import ConvT5ForConditionalGeneration
+from modeling_convt5.cache_convt5 import CACHE
 
 MIXERS = ("depthwise", "lightweight", "dynamic", "attention", ["lightweight", "attention"])
 WINDOWS = list(itertools.product((1, 2, 4, 7, 31), (1, 2, 5)))  # (kernel size, dilation)
@@ -185,7 +186,7 @@ def test_chunks_of_any_size_equal_the_full_row(mixer, chunks):
     cache, pieces = None, []
     for piece in decoder_ids.split(chunks, dim=1):
         output = model(**batch, decoder_input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = output[CACHE]
         pieces.append(output.logits)
     torch.testing.assert_close(
         torch.cat(pieces, dim=1), full, atol=tolerances.FLOAT64_MODEL, rtol=0
@@ -202,7 +203,7 @@ def test_conv_state_has_a_constant_size():
             past_key_values=cache,
             use_cache=True,
         )
-        cache = output.past_key_values
+        cache = output[CACHE]
         shapes = [tuple(layer.conv_state.shape) for layer in cache.self_attention_cache.layers]
         assert shapes == [(3, 6, 16), (3, 6, 16)]
     assert cache.get_seq_length() == 27
@@ -223,12 +224,10 @@ def test_past_recording_rolls_back():
     model = _model(decoder_kernel_size=4).double()
     batch, ids = _batch(), torch.randint(4, 40, (3, 10))
     full = model(**batch, decoder_input_ids=ids, use_cache=False).logits
-    cache = model(**batch, decoder_input_ids=ids[:, :3], use_cache=True).past_key_values
+    cache = model(**batch, decoder_input_ids=ids[:, :3], use_cache=True)[CACHE]
     cache.activate_past_recording()
     wrong = torch.randint(4, 40, (3, 5))
-    cache = model(
-        **batch, decoder_input_ids=wrong, past_key_values=cache, use_cache=True
-    ).past_key_values
+    cache = model(**batch, decoder_input_ids=wrong, past_key_values=cache, use_cache=True)[CACHE]
     for layer in cache.self_attention_cache.layers:
         layer.crop(-5)
     logits = model(
@@ -262,16 +261,14 @@ def test_generation_continues_from_a_returned_cache(mixer, chunk, implementation
     static = {"cache_implementation": "static", "max_cache_len": 32} if implementation else {}
     first = model.generate(**batch, max_new_tokens=5, **static, **kwargs)
     # What follows is given in chunks, of which the last one is generated from.
-    ids, cache = whole[:, : 6 + chunk], first.past_key_values
+    ids, cache = whole[:, : 6 + chunk], first[CACHE]
     assert cache.get_seq_length() == 5
     again = model.generate(
-        **batch, decoder_input_ids=ids, past_key_values=cache, max_new_tokens=8 - chunk, **kwargs
+        **batch, decoder_input_ids=ids, **{CACHE: cache}, max_new_tokens=8 - chunk, **kwargs
     )
     assert torch.equal(again.sequences, whole[:, :14])
-    with pytest.raises(ValueError, match="holds 2 tokens, but past_key_values has read 13"):
-        model.generate(
-            **batch, decoder_input_ids=ids[:, :2], past_key_values=cache, max_new_tokens=2
-        )
+    with pytest.raises(ValueError, match="holds 2 tokens, but .+ has read 13"):
+        model.generate(**batch, decoder_input_ids=ids[:, :2], **{CACHE: cache}, max_new_tokens=2)
 
 
 def test_encoder_outputs_and_scores_and_streams():
@@ -304,19 +301,22 @@ def test_encoder_outputs_and_scores_and_streams():
     )
     full = model(**batch, decoder_input_ids=outputs.sequences, use_cache=False).logits
     for step, logits in enumerate(outputs.logits):
-        torch.testing.assert_close(logits, full[:, step], atol=tolerances.FLOAT32_STATES, rtol=0)
+        close = {"atol": tolerances.FLOAT32_LOGITS, "rtol": 0}
+        torch.testing.assert_close(logits.double(), full[:, step], **close)
+            logits.double(), full[:, step], atol=tolerances.FLOAT32_LOGITS, rtol=0
+        )
 
 
 def test_rolling_back_unrecorded_tokens_is_refused():
     model = _model()
     cache = model(**_batch(), decoder_input_ids=torch.ones(3, 2).long(), use_cache=True)
     with pytest.raises(RuntimeError, match="activate_past_recording"):
-        cache.past_key_values.self_attention_cache.crop(-1)
+        cache[CACHE].self_attention_cache.crop(-1)
 
 
 def test_a_cache_of_another_model_is_refused():
     hybrid, batch = _model(decoder_mixers=["attention", "lightweight"]), _batch()
     ids = torch.ones(3, 2).long()
-    cache = hybrid(**batch, decoder_input_ids=ids, use_cache=True).past_key_values
+    cache = hybrid(**batch, decoder_input_ids=ids, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="filled by another model"):
         _model()(**batch, decoder_input_ids=ids, past_key_values=cache, use_cache=True)

@@ -16,6 +16,10 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
     StaticLayer,
 )
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+# transformers 5.24 renames `past_key_values` to `cache`, in outputs and within `generate`.
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 
 class ConvStateLayer(CacheLayerMixin):

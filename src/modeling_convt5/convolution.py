@@ -50,7 +50,8 @@ def depthwise_conv(
 
     Args:
         x: (B, L, D), floating point.
-        filter: (F, K), F a divisor of D; tap 0 is the oldest.
+        filter: (F, K), F a divisor of D; tap 0 is the oldest. (B, L, F, K) for filters of their
+            own at every position.
         left_taps: taps left of the current position: K // 2 centres, K - 1 is causal.
         dilation: distance between two taps, in tokens.
         sharing: "block" or "strided", which channels share a filter.
@@ -497,10 +498,12 @@ def _check(x, filter, left_taps, dilation, sharing, attention_mask, segment_ids)
             f"convolution: x has shape {tuple(x.shape)} and dtype {x.dtype}, expected (B, L, D) "
             "in floating point."
         )
-    if filter.dim() != 2 or x.shape[-1] % filter.shape[0] or filter.shape[1] < 1:
+    positions = () if filter.dim() == 2 else x.shape[:2]
+    fits = filter.dim() in (2, 4) and filter.shape[:-2] == positions
+    if not fits or filter.shape[-1] < 1 or x.shape[-1] % filter.shape[-2]:
         raise ValueError(
-            f"convolution: filter has shape {tuple(filter.shape)}, expected (F, K) with K >= 1 and "
-            f"F a divisor of D = {x.shape[-1]}."
+            f"convolution: filter has shape {tuple(filter.shape)}, expected (F, K) or (B, L, F, K) "
+            f"with (B, L) = {tuple(x.shape[:2])}, K >= 1 and F a divisor of D = {x.shape[-1]}."
         )
     if left_taps < 0 or dilation < 1:
         raise ValueError(

@@ -25,7 +25,6 @@ from .convolution import (
     lightweight_conv,
     next_conv_state,
     normalize_filter,
-    predict_filter,
 )
 
 
@@ -70,7 +69,7 @@ class ConvT5Convolution(nn.Module):
             segment_ids: (B, L), the example of a packed row that each token belongs to.
             state: what earlier tokens left behind, in decoding; updated.
         """
-        x = self.in_proj(hidden_states)
+        x = saturate(self.in_proj(hidden_states))
         if self.gate:
             x = F.glu(x, dim=-1)
         if state is None:
@@ -83,7 +82,7 @@ class ConvT5Convolution(nn.Module):
             y = self.pointwise(y)
         if self.activation is not None:
             y = self.activation(y)
-        return self.out_proj(y)
+        return self.out_proj(saturate(y))
 
     def _convolve(self, x, tokens, segment_ids):
         window = (self.left_taps, self.dilation, self.sharing, tokens, segment_ids)
@@ -91,6 +90,8 @@ class ConvT5Convolution(nn.Module):
             return depthwise_conv(x, self._dropped_filter(), *window)
         if self.mixer == "lightweight":
             return lightweight_conv(x, self.filter, *window, dropout=self._dropout)
+        if type(self.filter_proj) is not nn.Linear:  # an adapter, or quantised: no weight to read
+            return depthwise_conv(x, self._step_filter(x), *window)
         weight, bias = self.filter_proj.weight, self.filter_proj.bias
         return dynamic_conv(x, x, weight, bias, self.kernel_size, *window, dropout=self._dropout)
 
@@ -114,8 +115,8 @@ class ConvT5Convolution(nn.Module):
             return self._dropped_filter()
         if self.mixer == "lightweight":
             return normalize_filter(self.filter, self._dropout)
-        weight, bias = self.filter_proj.weight, self.filter_proj.bias
-        return predict_filter(x, weight, bias, self.kernel_size, self._dropout)
+        logits = self.filter_proj(x).unflatten(-1, (-1, self.kernel_size))
+        return normalize_filter(logits, self._dropout)
 
     def _dropped_filter(self):
         return F.dropout(self.filter, self._dropout) if self._dropout else self.filter
@@ -174,7 +175,8 @@ class ConvT5Attention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.dropout if self.training else 0.0
         output, weights = attend(self, query, key, value, bias, scaling=1.0, dropout=dropout)
-        return self.o(output.reshape(*hidden_states.shape[:2], -1)), weights
+        output = saturate(output.reshape(*hidden_states.shape[:2], -1))
+        return self.o(output), weights
 
     def _encoder_keys_values(self, encoder_hidden_states, past_key_values):
         """Computed once a generation, then read back from the cache."""
@@ -195,7 +197,7 @@ class ConvT5Attention(nn.Module):
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
     """The definition of attention that transformers' faster implementations stand in for."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = saturate(torch.matmul(query, key.transpose(2, 3)) * scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -224,7 +226,7 @@ class ConvT5MLP(nn.Module):
             hidden = self.activation(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
         else:
             hidden = self.activation(self.wi(hidden_states))
-        return self.wo(self.dropout(hidden))
+        return self.wo(saturate(self.dropout(hidden)))
 
 
 class ConvT5ClassificationHead(nn.Module):
@@ -285,15 +287,27 @@ class ConvT5Layer(GradientCheckpointingLayer):
             if past_key_values is not None:
                 state = past_key_values.self_attention_cache.layers[self.layer_idx]
             mixed = self.mixer(normed, tokens, segment_ids, state)
-        hidden_states = hidden_states + self.dropout(mixed)
+        hidden_states = saturate(hidden_states + self.dropout(mixed))
         if self.cross_attention is not None and encoder_hidden_states is not None:
             normed = self.pre_cross_attention_norm(hidden_states)
             attended, cross_weights = self.cross_attention(
                 normed, cross_bias, encoder_hidden_states, past_key_values, output_attentions
             )
-            hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.pre_mlp_norm(hidden_states)))
+            hidden_states = saturate(hidden_states + self.dropout(attended))
+        mixed = self.dropout(self.mlp(self.pre_mlp_norm(hidden_states)))
+        hidden_states = saturate(hidden_states + mixed)
         return hidden_states, self_weights, cross_weights
+
+
+def saturate(x: torch.Tensor) -> torch.Tensor:
+    """x, with the infinities of float16 at its largest number; other dtypes as they are.
+
+    T5's activations were trained in bfloat16 and exceed float16's 65,504. Where a row has met an
+    infinity once, a product with a negative weight makes it NaN for good.
+    """
+    if x.dtype != torch.float16:
+        return x
+    return x.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)
 
 
 class TokenMasks:

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .cache_convt5 import new_cache, new_static_cache
+from .cache_convt5 import CACHE, new_cache, new_static_cache
 from .configuration_convt5 import ConvT5Config
 
 # Named here because transformers 4 fetches only the files that this one imports itself.
@@ -103,7 +103,7 @@ class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE: getattr(decoder_outputs, CACHE)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -138,6 +138,7 @@ class ConvT5Model(_ConvT5EncoderDecoder):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> Seq2SeqModelOutput | tuple:
         """T5's arguments, and segments for packed rows.
@@ -148,7 +149,8 @@ class ConvT5Model(_ConvT5EncoderDecoder):
             decoder_input_ids: (B, M) token ids, or `decoder_inputs_embeds` (B, M, D).
             decoder_attention_mask: (B, M), 0 for padding; with a cache (B, past + M).
             encoder_outputs: what `encoder` returned, to reuse it.
-            past_key_values: the cache of an earlier call with `use_cache=True`.
+            past_key_values, cache: the cache of an earlier call with `use_cache=True`, under
+                either name: transformers 5.24 changes from the first to the second.
             segment_ids, decoder_segment_ids: (B, L) and (B, M) integers >= 1 naming the example
                 of each token of a packed row, 0 for padding; nothing crosses from one to another.
 
@@ -161,7 +163,7 @@ class ConvT5Model(_ConvT5EncoderDecoder):
             decoder_input_ids,
             decoder_attention_mask,
             encoder_outputs,
-            past_key_values,
+            default(cache, past_key_values),
             inputs_embeds,
             decoder_inputs_embeds,
             segment_ids,
@@ -250,6 +252,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput | tuple:
         """`ConvT5Model`'s arguments, and labels.
@@ -271,7 +274,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
             decoder_input_ids,
             decoder_attention_mask,
             encoder_outputs,
-            past_key_values,
+            default(cache, past_key_values),
             inputs_embeds,
             decoder_inputs_embeds,
             segment_ids,
@@ -303,7 +306,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
                 f"Generating up to {max_cache_length + 1} tokens needs more positions than the "
                 f"table has (max_position_embeddings={allowed}). Lower max_new_tokens."
             )
-        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
+        if model_kwargs.get(CACHE) is not None or not generation_config.use_cache:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -311,11 +314,11 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         if implementation == "static" and ROLLS_BACK:
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             encoder_length = model_kwargs["encoder_outputs"][0].shape[1]
-            model_kwargs["past_key_values"] = new_static_cache(config, length, encoder_length)
+            model_kwargs[CACHE] = new_static_cache(config, length, encoder_length)
         elif implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = new_cache(config)
+            model_kwargs[CACHE] = new_cache(config)
             if getattr(generation_config, "is_assistant", False):
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
         else:
             raise ValueError(
                 f"cache_implementation={implementation!r} is not supported: a convolution's state "
@@ -323,29 +326,26 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
                 "compile decoding into one graph."
             )
 
-    def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
         """As transformers', and what a returned cache has read already is not read again."""
-        if past_key_values is not None and next_sequence_length is None and ROLLS_BACK:
-            past = int(past_key_values.get_seq_length())
+        cache = kwargs.get(CACHE)
+        if cache is not None and next_sequence_length is None and ROLLS_BACK:
+            past = int(cache.get_seq_length())
             if past >= input_ids.shape[1]:
                 raise ValueError(
-                    f"decoder_input_ids holds {input_ids.shape[1]} tokens, but past_key_values has "
-                    f"read {past}: pass the whole sequence, with at least one token more."
+                    f"decoder_input_ids holds {input_ids.shape[1]} tokens, but {CACHE} has read "
+                    f"{past}: pass the whole sequence, with at least one token more."
                 )
             next_sequence_length = input_ids.shape[1] - past
         if next_sequence_length is not None:
             kwargs["next_sequence_length"] = next_sequence_length
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
-    def create_masks_for_generate(self, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(self, attention_mask, **kwargs):
         """A decoder mask (B, past + L) at the size of a static cache, so that no shape changes."""
         if attention_mask is None:
             return None
-        keys = past_key_values.self_attention_cache.key_length
+        keys = kwargs[CACHE].self_attention_cache.key_length
         return F.pad(attention_mask, (0, keys - attention_mask.shape[1]), value=1)
 
 

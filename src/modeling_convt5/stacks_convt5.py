@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
-from .cache_convt5 import ConvStateCache, ConvStateLayer, new_cache
+from .cache_convt5 import CACHE, ConvStateCache, ConvStateLayer, new_cache
 from .configuration_convt5 import ConvT5Config
 from .convolution import hide_padding
 from .layers_convt5 import (
@@ -200,6 +200,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions | tuple:
         """Run the stack; `attention_mask` and `segment_ids` are (B, L), see `ConvT5Model`.
@@ -217,6 +218,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                 f"{' (or labels)' if self.is_decoder else ' or inputs_embeds'}."
             )
         use_cache = self.is_decoder and bool(default(use_cache, self.config.use_cache))
+        past_key_values = default(cache, past_key_values)
         past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -269,7 +271,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         if self.is_decoder:
             output = BaseModelOutputWithPastAndCrossAttentions(
                 **output,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 cross_attentions=_present(cross_weights) if output_attentions else None,
             )
         return output if return_dict else output.to_tuple()
