@@ -122,8 +122,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(task, "finetune_epochs", 4, "passes over the labelled docstrings")
     add(task, "finetune_batch_size", 32, "docstrings of a batch")
     add(task, "dropout_rate", 0.1, "dropout in fine-tuning")
-    add(task, "pretrained_rates", [2e-2, 4e-2], "learning rates tried when pre-trained")
-    add(task, "scratch_rates", [2e-2, 4e-2], "learning rates tried without pre-training")
+    add(task, "pretrained_rates", [1e-2, 2e-2], "learning rates tried when pre-trained")
+    add(task, "scratch_rates", [1e-2, 2e-2], "learning rates tried without pre-training")
 
     args = parser.parse_args(arguments)
     if args.smoke:

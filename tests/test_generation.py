@@ -303,8 +303,6 @@ def test_encoder_outputs_and_scores_and_streams():
     for step, logits in enumerate(outputs.logits):
         close = {"atol": tolerances.FLOAT32_LOGITS, "rtol": 0}
         torch.testing.assert_close(logits.double(), full[:, step], **close)
-            logits.double(), full[:, step], atol=tolerances.FLOAT32_LOGITS, rtol=0
-        )
 
 
 def test_rolling_back_unrecorded_tokens_is_refused():
