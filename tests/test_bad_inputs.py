@@ -54,7 +54,9 @@ def _wrong_shape(folder):
 
 
 def _lose_a_shard(folder):
-    LOAD(folder).save_pretrained(folder, max_shard_size="8KB")
+    model = LOAD(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="8KB")
     next(folder.glob("model-00002-*")).unlink()
 
 
@@ -63,14 +65,13 @@ DAMAGE = {
     "weights that are none": (_garbage, "rror"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "a pickle in their place": (_pickle_only, "model.safetensors"),
-    "a weight of another shape": (_wrong_shape, r"encoder.layers.0.mlp.wo.weight"),
+    "a weight of another shape": (_wrong_shape, "ignore_mismatched_sizes"),  # after a table
     "a shard is missing": (_lose_a_shard, "model-00002"),
-    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json"),
     "broken config.json": (lambda f: (f / "config.json").write_text("{"), "valid JSON"),
     "an unknown mixer": (lambda f: _edit(f, encoder_mixers="fourier"), "encoder_mixers.*fourier"),
     "a list of a wrong length": (
         lambda f: _edit(f, decoder_kernel_size=[7, 7, 7]),
-        "decoder_kernel_size.*3",
+        r"decoder_kernel_size=\[7, 7, 7\]",
     ),
     "filters that divide nothing": (lambda f: _edit(f, num_filters=5), "num_filters.*5"),
     "a size in words": (lambda f: _edit(f, d_model="large"), "d_model.*large"),
@@ -102,6 +103,12 @@ def test_missing_code_is_named(name, folder, monkeypatch):
     (folder / name).unlink()
     monkeypatch.setattr(AutoModelForSeq2SeqLM, "_model_mapping", {})  # as if not installed
     with pytest.raises(OSError, match=name.removesuffix(".py")):
+        AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_missing_configuration_is_named(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises((OSError, ValueError), match="config.json"):
         AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
 
 
@@ -137,9 +144,6 @@ FORWARD = {
     "a decoder of length 0": (
         {"input_ids": IDS, "decoder_input_ids": IDS[:, :0]}, ValueError, "length 0"
     ),
-    "a batch of 0 texts": (
-        {"input_ids": IDS[:0], "decoder_input_ids": IDS[:0]}, None, None
-    ),
     "another batch in the decoder": (
         {"input_ids": IDS, "decoder_input_ids": torch.ones(3, 4).long()},
         ValueError, "batch of 3.*2"
@@ -163,16 +167,13 @@ FORWARD = {
 def test_wrong_calls_are_named(case):
     inputs, error, message = FORWARD[case]
     model = ConvT5ForConditionalGeneration(tiny_config()).eval()
-    if error is None:
-        assert model(**inputs).logits.shape == (0, 4, 40)
-        return
     with pytest.raises(error, match=message):
         model(**inputs)
 
 
 GENERATE = {
     "no room": ({"max_new_tokens": 0}, "max_new_tokens"),
-    "an unknown cache": ({"cache_implementation": "paged"}, "cache_implementation"),
+    "an unknown cache": ({"cache_implementation": "no-such"}, "cache_implementation"),
     "more returns than beams": ({"num_beams": 2, "num_return_sequences": 3}, "num_return_seq"),
     "a misspelt argument": ({"max_new_token": 3}, "max_new_token"),
     "assisted decoding of two texts": ({"prompt_lookup_num_tokens": 3}, "batch"),

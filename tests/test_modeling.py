@@ -344,7 +344,10 @@ WRONG_INPUTS = {
         {"input_ids": torch.ones(2, 4).long(), "inputs_embeds": torch.ones(2, 4, 16)},
         "exactly one of input_ids or inputs_embeds",
     ),
-    "no decoder input": ({"input_ids": torch.ones(2, 4).long()}, "decoder_input_ids"),
+    "no decoder input": (
+        {"input_ids": torch.ones(2, 4).long()},
+        "decoder_input_ids or decoder_inputs_embeds",
+    ),
     "length 0": (
         {"input_ids": torch.ones(2, 0).long(), "decoder_input_ids": torch.ones(2, 3).long()},
         "length 0",

@@ -47,7 +47,7 @@ def test_a_training_step_compiles_into_one_graph(mixer):
 @pytest.mark.parametrize("num_filters", [2, None])
 @pytest.mark.parametrize("mixer", MIXERS, ids=str)
 def test_export_with_any_batch_and_length(mixer, num_filters):
-    model = _model(mixer, num_filters=num_filters)
+    model = _model(mixer, num_filters=num_filters).double()
     names = ("input_ids", "attention_mask", "decoder_input_ids")
 
     class Logits(torch.nn.Module):
@@ -70,7 +70,7 @@ def test_export_with_any_batch_and_length(mixer, num_filters):
         arguments = inputs(*shape)
         expected = Logits()(*arguments)
         torch.testing.assert_close(
-            exported(*arguments), expected, atol=tolerances.FLOAT32_LOGITS, rtol=1e-5
+            exported(*arguments), expected, atol=tolerances.FLOAT64_MODEL, rtol=0
         )
 
 
@@ -79,7 +79,7 @@ def _overflowing_weights(model):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".wi_0." in name or ".wi_1." in name:
-                weight.mul_(60.0)
+                weight.mul_(400.0)
     return model
 
 
@@ -101,7 +101,8 @@ def test_disk_offload_and_device_maps(tmp_path):
     model, batch = _model(["dynamic", "attention"]), _batch()
     expected = model(**batch).logits
     model.save_pretrained(tmp_path / "model", max_shard_size="8KB")
-    device_map = {"shared": "cpu", "encoder": "disk", "decoder": "cpu", "lm_head": "cpu"}
+    device_map = dict.fromkeys(("shared", "encoder", "decoder", "lm_head"), "cpu")
+    device_map["encoder.layers"] = "disk"
     loaded = ConvT5ForConditionalGeneration.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     )
@@ -176,16 +177,25 @@ def test_seq2seq_trainer_with_all_its_switches(tmp_path):
         save_strategy="no",
         dataloader_pin_memory=False,
     )
-    trainer = Seq2SeqTrainer(_model(), arguments, train_dataset=rows, eval_dataset=rows)
+    model = _model()
+
+    def collate(rows):  # label smoothing takes the labels away: as DataCollatorForSeq2Seq
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        made = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return {**batch, "decoder_input_ids": made}
+
+    trainer = Seq2SeqTrainer(model, arguments, collate, train_dataset=rows, eval_dataset=rows)
     assert trainer.train().training_loss > 0
     predictions = trainer.predict(rows).predictions
-    assert predictions.shape[0] == 8 and predictions.shape[1] <= 7
+    assert predictions.shape[0] == 8 and (predictions[:, 0] == 0).all()
 
 
+# peft asks for a property that transformers 5.24 renames.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("mixer", ["lightweight", "dynamic", ["dynamic", "attention"]], ids=str)
 def test_lora_trains_saves_and_merges(mixer, tmp_path):
     peft = pytest.importorskip("peft")
-    model, batch = _model(mixer), _batch()
+    model, batch = _model(mixer).double(), _batch()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
     adapted = peft.get_peft_model(model, config).train()
@@ -204,22 +214,26 @@ def test_lora_trains_saves_and_merges(mixer, tmp_path):
     logits = adapted(**batch).logits
     tokens = adapted.generate(input_ids=batch["input_ids"], max_new_tokens=5)
     adapted.save_pretrained(tmp_path)
-    fresh = _model(mixer)
+    fresh = _model(mixer).double()
     fresh.load_state_dict(before)
     again = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
-    torch.testing.assert_close(again(**batch).logits, logits, atol=0, rtol=0)
+    close = {"atol": tolerances.FLOAT64_MODEL, "rtol": 0}
+    torch.testing.assert_close(again(**batch).logits, logits, **close)
     merged = again.merge_and_unload()
-    torch.testing.assert_close(
-        merged(**batch).logits, logits, atol=tolerances.FLOAT32_LOGITS, rtol=1e-5
-    )
+    torch.testing.assert_close(merged(**batch).logits, logits, **close)
     assert torch.equal(merged.generate(batch["input_ids"], max_new_tokens=5), tokens)
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # both the exporter's own
+@pytest.mark.filterwarnings("ignore:# The axis name:UserWarning")
 @pytest.mark.parametrize("mixer", ["lightweight", "dynamic", "attention"])
 def test_onnx_equals_eager(mixer, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    encoder = ConvT5EncoderModel(tiny_config(encoder_mixers=mixer)).eval()
+    encoder = ConvT5EncoderModel(tiny_config(encoder_mixers=mixer, initializer_factor=1.0))
+    encoder.eval()
+    # The exporter takes sdpa apart into views that its own strides do not allow.
+    encoder.set_attn_implementation("eager")
 
     class States(torch.nn.Module):
         def __init__(self):
@@ -233,7 +247,7 @@ def test_onnx_equals_eager(mixer, tmp_path):
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     path = tmp_path / "encoder.onnx"
     torch.onnx.export(
-        States(),
+        States().eval(),
         (example["input_ids"], example["attention_mask"]),
         path,
         dynamo=True,

@@ -289,6 +289,11 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}: "
+                    "one label for each of the decoder's inputs."
+                )
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         output = _with_logits(Seq2SeqLMOutput, output, loss=loss, logits=logits)
         return output if default(return_dict, self.config.return_dict) else output.to_tuple()

@@ -211,12 +211,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         output_attentions = default(output_attentions, self.config.output_attentions)
         output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         return_dict = default(return_dict, self.config.return_dict)
-        if (input_ids is None) == (inputs_embeds is None):
-            names = "decoder_input_ids, decoder_inputs_embeds" if self.is_decoder else "input_ids"
-            raise ValueError(
-                f"You must specify exactly one of {names}"
-                f"{' (or labels)' if self.is_decoder else ' or inputs_embeds'}."
-            )
+        self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states)
         use_cache = self.is_decoder and bool(default(use_cache, self.config.use_cache))
         past_key_values = default(cache, past_key_values)
         past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids)
@@ -275,6 +270,31 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                 cross_attentions=_present(cross_weights) if output_attentions else None,
             )
         return output if return_dict else output.to_tuple()
+
+    def _check_inputs(self, input_ids, inputs_embeds, encoder_hidden_states):
+        prefix = "decoder_" if self.is_decoder else ""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                f"You must specify exactly one of {prefix}input_ids or {prefix}inputs_embeds"
+                f"{' (or labels)' if self.is_decoder else ''}."
+            )
+        if input_ids is not None:
+            if input_ids.dim() != 2 or input_ids.is_floating_point():
+                raise ValueError(
+                    f"{prefix}input_ids has shape {tuple(input_ids.shape)} and dtype "
+                    f"{input_ids.dtype}, expected integers of shape (batch, length)."
+                )
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.d_model:
+            raise ValueError(
+                f"{prefix}inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, "
+                f"length, d_model = {self.config.d_model})."
+            )
+        batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
+        if encoder_hidden_states is not None and encoder_hidden_states.shape[0] != batch:
+            raise ValueError(
+                f"The decoder's inputs are a batch of {batch}, the encoder's states one of "
+                f"{encoder_hidden_states.shape[0]}: expected one text of each for every example."
+            )
 
     def _prepare_cache(self, past_key_values, use_cache, segment_ids):
         # `generate` of transformers 4 hands a given cache to the encoder as well.
