@@ -608,7 +608,8 @@ def test_memory_is_linear_and_holds_no_tap_per_channel(what, monkeypatch):
 X = torch.zeros(2, 5, 8)
 X_IS = "convolution: x has shape {} and dtype {}, expected (B, L, D) in floating point."
 FILTER_IS = (
-    "convolution: filter has shape {}, expected (F, K) with K >= 1 and F a divisor of D = 8."
+    "convolution: filter has shape {}, expected (F, K) or (B, L, F, K) with (B, L) = (2, 5), "
+    "K >= 1 and F a divisor of D = 8."
 )
 TOKENS_ARE = "convolution: {} has shape {}, expected (B, L) = (2, 5), one entry per token of x."
 WINDOW_IS = "convolution: left_taps={} and dilation={}, expected left_taps >= 0 and dilation >= 1."

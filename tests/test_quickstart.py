@@ -20,7 +20,13 @@ METHODS = {"pretrained", "scratch", "tfidf", "tfidf_whole", "majority"}
 def start(folder, *arguments):
     command = [*SCRIPT, "--smoke", "--output_dir", str(folder), *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -88,7 +94,7 @@ def test_rerun_says_what_it_reuses(smoke):
     code, output = finish(start(folder))
     assert code == 0, output
     for stage in ("text", "tokenizer", "pretrain", "finetune-pretrained", "finetune-scratch"):
-        assert f"{stage}: reusing" in output.replace("-0.002-seed0", "")
+        assert f"{stage}: reusing" in output.replace("-0.02-seed0", "")
     assert "making" not in output
 
 

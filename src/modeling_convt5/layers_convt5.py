@@ -90,9 +90,10 @@ class ConvT5Convolution(nn.Module):
             return depthwise_conv(x, self._dropped_filter(), *window)
         if self.mixer == "lightweight":
             return lightweight_conv(x, self.filter, *window, dropout=self._dropout)
-        if type(self.filter_proj) is not nn.Linear:  # an adapter, or quantised: no weight to read
-            return depthwise_conv(x, self._step_filter(x), *window)
         weight, bias = self.filter_proj.weight, self.filter_proj.bias
+        # An adapter, a quantised or an offloaded projection has no weight to read: call it.
+        if type(self.filter_proj) is not nn.Linear or weight.device != x.device:
+            return depthwise_conv(x, self._step_filter(x), *window)
         return dynamic_conv(x, x, weight, bias, self.kernel_size, *window, dropout=self._dropout)
 
     def _decode(self, x, tokens, state):
