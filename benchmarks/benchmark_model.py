@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from modeling_convt5 import ConvT5Config, ConvT5EncoderModel, ConvT5ForConditionalGeneration
-from modeling_convt5.cache_convt5 import new_static_cache
+from modeling_convt5.cache_convt5 import CACHE, new_static_cache
 
 CONVOLUTIONS = ("lightweight", "dynamic", "dilated", "hybrid")
 BASELINES = ("T5 sdpa", "T5 eager")
@@ -189,9 +189,9 @@ def _decoder(model, encoded, position, cache, args):
         return model(
             encoder_outputs=encoder_outputs,
             decoder_input_ids=ids,
-            past_key_values=past,
+            **{CACHE: past},
             use_cache=True,
-        ).past_key_values
+        )[CACHE]
 
     state = {"past": read(ids, past)}
 
@@ -471,6 +471,8 @@ def main(arguments: list[str]) -> None:
                 "to replace them, or another --output_dir."
             )
         results["cells"] = kept["cells"]
+        if results["command"] not in kept["command"].splitlines():
+            results["command"] = f"{kept['command']}\n    {results['command']}"
         print(f"{path}: {len(results['cells'])} cells are kept, the others measured.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     bar = tqdm(jobs(args), unit="cell")
