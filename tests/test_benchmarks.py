@@ -50,3 +50,18 @@ def test_convolution_names_a_wrong_argument(arguments, message, capsys):
     with pytest.raises(SystemExit):
         benchmark_convolution.parse(arguments.split())
     assert message in capsys.readouterr().err
+
+
+def test_model_benchmark_measures_reports_and_goes_on(tmp_path):
+    sizes = "--layers 1 --lengths 16 --d_model 64 --tokens 32 --rounds 1 --threads 1".split()
+    command = [sys.executable, ROOT / "benchmarks" / "benchmark_model.py", *sizes]
+    command += ["--output_dir", tmp_path, "--what"]
+    first = subprocess.run([*command, "encoder"], capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "## Encoder, forward, 1 layers a stack" in page and "| 16 | " in page
+    again = subprocess.run([*command, "encoder"], capture_output=True, text=True)
+    assert "1 cells are kept" in again.stdout
+    wrong = subprocess.run([*command[:-1], "--d_model", "65"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--d_model 65: expected a multiple of 64" in wrong.stderr
