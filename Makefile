@@ -1,6 +1,6 @@
 # Every target sets up what it needs; a second run starts at once.
 VENV ?= .venv
-EXTRAS ?= torch,train,dev
+EXTRAS ?= torch,flax,train,dev
 WORKERS ?= 2
 ARGS ?=
 # The oldest releases of transformers 4 and 5 that work, beside the newest, which $(VENV) has.

@@ -236,6 +236,10 @@ class ConvT5Config(PretrainedConfig):
             output["custom_pipelines"] = deepcopy(CUSTOM_PIPELINES)
         return output
 
+    def __hash__(self) -> int:
+        # Configurations are compared by content; Flax keeps models' settings as dictionary keys.
+        return hash(self.to_json_string(use_diff=False))
+
     @property
     def is_gated_act(self) -> bool:
         """Whether the feed-forward sublayer is gated ("gated-gelu" and the like), as in T5 1.1."""

@@ -32,8 +32,18 @@ from .convolution import depthwise_conv, dynamic_conv, lightweight_conv  # noqa:
 from .layers_convt5 import ConvT5ClassificationHead
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
-if TYPE_CHECKING:  # travels with a checkpoint; transformers reads these lines, Python does not
+if TYPE_CHECKING:  # travel with a checkpoint; transformers reads these lines, Python does not
+    from .cache_flax_convt5 import FlaxCache  # noqa: F401
+    from .checkpoint_flax_convt5 import FlaxCheckpointMixin  # noqa: F401
+    from .convolution_flax import hide_padding  # noqa: F401
+    from .generation_flax_convt5 import FlaxGenerationMixin  # noqa: F401
+    from .layers_flax_convt5 import FlaxConvT5Layer  # noqa: F401
+    from .modeling_flax_convt5 import FlaxConvT5Model  # noqa: F401
+    from .outputs_flax_convt5 import FlaxModelOutput  # noqa: F401
     from .pipeline_convt5 import Text2TextGenerationPipeline  # noqa: F401
+    from .sharding_flax_convt5 import SHARDING_RULES  # noqa: F401
+    from .stacks_flax_convt5 import FlaxConvT5Stack  # noqa: F401
+    from .weights import WeightFiles  # noqa: F401
 
 # transformers 5 can take back tokens that were read into a state, and has caches to compile.
 ROLLS_BACK = hasattr(Cache, "activate_past_recording")
