@@ -31,10 +31,10 @@ $(INSTALLED): pyproject.toml constraints/cpu.txt constraints/install.sh
 quickstart: $(INSTALLED) ## pre-train, fine-tune and evaluate a small model (ARGS="--help")
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-test: $(INSTALLED) .venv-versions/4.57/.installed ## the default tests (ARGS="-k NAME" for some)
+test: $(INSTALLED) .venv-versions/4.57/.installed .venv-flax/.installed ## the default tests (ARGS="-k NAME" for some)
 	$(PYTEST) $(ARGS)
 
-test-all: $(INSTALLED) $(OTHERS) ## all tests, the slow ones included
+test-all: $(INSTALLED) $(OTHERS) .venv-flax/.installed ## all tests, the slow ones included
 	$(PYTEST) -m "" $(ARGS)
 
 test-versions: $(INSTALLED) $(OTHERS) ## the same files on older transformers (VERSIONS="...")
@@ -42,6 +42,10 @@ test-versions: $(INSTALLED) $(OTHERS) ## the same files on older transformers (V
 
 .venv-versions/%/.installed: pyproject.toml constraints/cpu.txt constraints/install.sh
 	sh constraints/install.sh .venv-versions/$* torch "transformers==$*.*"
+	@touch $@
+
+.venv-flax/.installed: pyproject.toml constraints/cpu.txt constraints/install.sh
+	sh constraints/install.sh .venv-flax flax
 	@touch $@
 
 # One thread a worker: more would only compete for the same cores.
@@ -57,5 +61,5 @@ format: $(INSTALLED) ## mend what ruff can mend
 
 clean: ## remove the virtual environment, caches and build products
 	@if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
-	rm -rf .venv-versions build dist .pytest_cache .ruff_cache
+	rm -rf .venv-versions .venv-flax build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

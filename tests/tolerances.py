@@ -69,3 +69,15 @@ FLOAT32_LOGITS = 1e-5
 # A whole model in half precision against float32, relative: 8 bits (bfloat16) through two stacks of
 # two layers, roughly sqrt(number of roundings on the way) * 2**-9.
 HALF_PRECISION_MODEL = 0.03
+
+# --- Twins ---------------------------------------------------------------------------------------
+
+# PyTorch and Flax on the same weights in float32, absolute, on logits and states of order 1 to 5:
+# both round every product, each library sums in an order of its own.
+TWIN_OUTPUTS = 1e-5
+# Relative to each gradient's largest entry; a softmax's gradient is a difference of larger terms.
+TWIN_GRADIENTS = 1e-4
+# In bfloat16, relative to the largest entry: one rounding is 0.4 %, and a few of them meet.
+TWIN_BFLOAT16 = 0.02
+# A beam's score: a sum of up to 20 log-probabilities, each from logits as above.
+TWIN_SCORES = 1e-4

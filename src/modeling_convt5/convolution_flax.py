@@ -15,8 +15,8 @@ f(c) = c // (D / F) with sharing "block" (the paper; Wu et al. 2019 call F the h
 f(c) = c mod F with sharing "strided" (the paper's released code). Softmax and sums are taken in
 float32 for half-precision inputs; the result has the dtype of x.
 
-There is one formulation: a shifted product per tap, which XLA fuses into one pass over the input,
-with a backward of the same kind, so that nothing of size (L, K, D) is ever stored.
+A shifted product per tap, which XLA fuses into one pass over the input. The gradient of the
+filters, which it would not fuse, is written out: nothing of size (L, K, D) is ever stored.
 
 Shapes: B batch, L length, D d_model, F num_filters, C = D / F channels of a filter, K kernel_size,
 S state length = left_taps * dilation, T a number of new tokens in decoding.
@@ -30,6 +30,8 @@ try:  # in a `try`, or transformers would ask PyTorch's users to install JAX
 except ImportError as error:
     raise ImportError("ConvT5 in Flax needs JAX and Flax: pip install jax flax") from error
 
+# Rows of a block whose gradients of the filters are one product.
+_BAND_BLOCK = 32
 # Elements of predicted filters that `dynamic_conv` holds at a time when F * K > D (32 MB in fp32).
 _CHUNK_ELEMENTS = 2**23
 
@@ -314,22 +316,76 @@ def _convolve_backward(origin, dilation, sharing, saved, grad_y):
     grads, askers = _pad(grad_y, before, behind), _pad(queries, before, behind)
     taps = filter.astype(dtype)
     taps = _pad(taps, before, behind) if filter.ndim == 4 else taps
-    ahead = written + reach - origin
-    window, window_keys = _pad(x, origin, ahead), _pad(keys, origin, ahead)
-    grad_x, grad_taps = None, []
+    grad_x = None
     for i in range(kernel_size):
         start = before + origin - i * dilation
         grad = _within(grads[:, start : start + read], keys, askers, start, read)
         tap = taps[:, start : start + read, :, i] if filter.ndim == 4 else taps[:, i]
         term = grad * _per_channel(tap, x.shape[-1], sharing)
         grad_x = term if grad_x is None else grad_x + term
-        inputs = window[:, i * dilation : i * dilation + written].astype(dtype)
-        product = _within(grad_y * inputs, queries, window_keys, i * dilation, written)
-        if filter.ndim == 2:
-            product = product.sum((0, 1))
-        grad_taps.append(_per_filter(product, filter.shape[-2], sharing))
-    grad_filter = jnp.stack(grad_taps, axis=-1).astype(filter.dtype)
-    return grad_x.astype(x.dtype), grad_filter, None, None
+    ahead = written + reach - origin
+    window = _pad(x, origin, ahead).astype(dtype)
+    operands = (grad_y, window, queries, _pad(keys, origin, ahead))
+    grad_filter = _filter_gradient(filter.shape, dilation, sharing, *operands)
+    return grad_x.astype(x.dtype), grad_filter.astype(filter.dtype), None, None
+
+
+def _filter_gradient(shape, dilation, sharing, grad_y, window, queries, window_keys):
+    """dw[f, i] sums grad_y[t, c] * window[t + i * dilation, c] over c, and over t if not predicted.
+
+    As batched products on blocks of 32 positions, of which dw is the band around the diagonal,
+    where that band is no larger than the input; else one tap after another. All taps at once would
+    store (L, K, D).
+    """
+    *positions, filters, kernel_size = shape
+    length, channels = grad_y.shape[1:]
+    width = _BAND_BLOCK + (kernel_size - 1) * dilation
+    if width <= channels // filters:
+        grads = _blocks(grad_y, 0)
+        bands = _contract(grads, _blocks(window, width - _BAND_BLOCK), filters, sharing)
+        if queries is not None:
+            asker = _blocks(queries, 0)[:, :, None, :, None]
+            same = asker == _blocks(window_keys, width - _BAND_BLOCK)[:, :, None, None, :]
+            bands = jnp.where(same, bands, 0)
+        taps = _diagonals(bands)[..., ::dilation]  # (B, blocks, F, 32, K)
+        taps = jnp.moveaxis(taps, 2, 3).reshape(taps.shape[0], -1, filters, kernel_size)
+        return taps[:, :length] if positions else taps.sum((0, 1))
+
+    def one_tap(i):
+        inputs = jax.lax.dynamic_slice_in_dim(window, i * dilation, length, axis=1)
+        product = grad_y * inputs
+        if queries is not None:
+            others = jax.lax.dynamic_slice_in_dim(window_keys, i * dilation, length, axis=1)
+            product = _within(product, queries, others, 0, length)
+        return _per_filter(product if positions else product.sum((0, 1)), filters, sharing)
+
+    return jnp.moveaxis(jax.lax.map(one_tap, jnp.arange(kernel_size)), 0, -1)
+
+
+def _blocks(x, extra):
+    """(B, L or more, ...) -> (B, blocks, 32 + extra, ...): blocks that overlap by `extra`."""
+    count = -(-(x.shape[1] - extra) // _BAND_BLOCK)
+    ahead = -(-extra // _BAND_BLOCK)
+    x = _pad(x, 0, (count + ahead) * _BAND_BLOCK)
+    x = x.reshape(x.shape[0], count + ahead, _BAND_BLOCK, *x.shape[2:])
+    overlapping = jnp.concatenate([x[:, j : j + count] for j in range(ahead + 1)], axis=2)
+    return overlapping[:, :, : _BAND_BLOCK + extra]
+
+
+def _contract(grads, windows, filters, sharing):
+    """Products over the channels of each filter: (B, blocks, F, 32, 32 + extra)."""
+    split = (filters, -1) if sharing == "block" else (-1, filters)
+    grads = grads.reshape(*grads.shape[:-1], *split)
+    windows = windows.reshape(*windows.shape[:-1], *split)
+    equation = "bntfc,bnsfc->bnfts" if sharing == "block" else "bntcf,bnscf->bnfts"
+    return jnp.einsum(equation, grads, windows, precision=jax.lax.Precision.HIGHEST)
+
+
+def _diagonals(bands):
+    """(..., 32, 32 + extra) -> (..., 32, extra + 1): entry o of row t is column t + o."""
+    *outer, rows, width = bands.shape
+    skewed = jnp.pad(bands.reshape(*outer, rows * width), ((0, 0),) * len(outer) + ((0, rows),))
+    return skewed.reshape(*outer, rows, width + 1)[..., : width - rows + 1]
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)

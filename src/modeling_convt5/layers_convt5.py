@@ -422,8 +422,10 @@ def cross_attention_bias(hidden_states, encoder_mask, encoder_segments, segments
 
 
 def _same_segment(queries, keys):
-    same = queries[:, :, None] == keys[:, None, :]
-    return (same & (keys != 0)[:, None, :])[:, None]
+    """(B, 1, L, keys): a token sees its example. Padding sees all, so that no row of scores is masked
+    throughout: some attention kernels have wrong gradients there."""
+    same = (queries[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
+    return (same | ~same.any(-1, keepdim=True))[:, None]
 
 
 def _lowest(x):
