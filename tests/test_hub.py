@@ -23,6 +23,7 @@ CODE = {
     "cache_convt5.py",
     "configuration_convt5.py",
     "convolution.py",
+    "generation_convt5.py",
     "layers_convt5.py",
     "modeling_convt5.py",
     "pipeline_convt5.py",

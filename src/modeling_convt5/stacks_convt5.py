@@ -214,9 +214,10 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states)
         use_cache = self.is_decoder and bool(default(use_cache, self.config.use_cache))
         past_key_values = default(cache, past_key_values)
-        past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        batch = inputs_embeds.shape[0]
+        past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids, batch)
         past, keys = 0, None
         if past_key_values is not None:
             past = past_key_values.get_seq_length()
@@ -296,7 +297,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                 f"{encoder_hidden_states.shape[0]}: expected one text of each for every example."
             )
 
-    def _prepare_cache(self, past_key_values, use_cache, segment_ids):
+    def _prepare_cache(self, past_key_values, use_cache, segment_ids, batch):
         # `generate` of transformers 4 hands a given cache to the encoder as well.
         if not self.is_decoder or (self.gradient_checkpointing and self.training):
             return None
@@ -321,6 +322,14 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                     "this decoder. Pass the cache that this model returned."
                 )
             past_key_values.self_attention_cache = ConvStateCache(self.config)
+        first = past_key_values.self_attention_cache.layers[0]
+        held = first.conv_state if isinstance(first, ConvStateLayer) else first.keys
+        if held is not None and held.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values was filled by {held.shape[0]} rows, the decoder's inputs are "
+                f"{batch}: both must be the same. To go on with beams or several returns, call "
+                "past_key_values.batch_repeat_interleave(number) first."
+            )
         return past_key_values
 
     def _embed(self, inputs_embeds, masks):
