@@ -392,7 +392,7 @@ def self_attention_bias(
     Returns:
         (1 or B, N, L, keys) in the dtype of the table.
     """
-    places = masks.places.to(table.weight.device)
+    places = masks.places
     distance = torch.arange(masks.keys, device=places.device)[None, :] - places[:, None]
     buckets = relative_position_bucket(
         distance,
@@ -400,7 +400,8 @@ def self_attention_bias(
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
     )
-    bias = table(buckets).permute(2, 0, 1)[None]
+    # The table may lie on another device, or on none while it is offloaded.
+    bias = table(buckets).to(places.device).permute(2, 0, 1)[None]
     visible = (distance <= 0)[None, None] if causal else None
     mask = masks.whole_mask()
     if mask is not None:

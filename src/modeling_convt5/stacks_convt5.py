@@ -4,7 +4,6 @@ Shapes: B batch, L length, D d_model.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
@@ -143,9 +142,11 @@ class ConvT5PreTrainedModel(PreTrainedModel):
                 f"decoder_start_token_id={start} and pad_token_id={pad}: both must be set in the "
                 "configuration to make decoder inputs from labels. T5 uses 0 for both."
             )
-        shifted = F.pad(input_ids[..., :-1], (1, 0), value=start)
+        # Rolled, not cut and padded, whose lengths of L - 1 torch.export would not let be 1.
+        begins = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0
         if segment_ids is not None:
-            shifted[..., 1:][segment_ids[..., 1:] != segment_ids[..., :-1]] = start
+            begins = begins | (segment_ids != segment_ids.roll(1, -1))
+        shifted = input_ids.roll(1, -1).masked_fill(begins, start)
         return shifted.masked_fill(shifted == -100, pad)
 
 
