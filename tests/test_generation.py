@@ -215,6 +215,7 @@ REFUSED = {
         {"prefill_chunk_size": 4},
         "prefill_chunk_size=4 is not supported",
     ),
+    "guidance": ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported"),
     "several returns of drafts": (
         {"prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True},
         "num_return_sequences has to be 1",
@@ -240,6 +241,11 @@ def test_what_cannot_be_supported_is_refused_before_any_work(case):
     model.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
     with pytest.raises(ValueError, match=message):
         _generate(model, _batch(), **arguments)
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="generate_batch .+ is not supported"):
+        _model().generate_batch([[5, 6, 7]])
 
 
 def test_a_static_cache_that_is_too_small_is_refused_before_any_work():

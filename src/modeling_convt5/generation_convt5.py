@@ -49,8 +49,21 @@ class ConvT5GenerationMixin(GenerationMixin):
                 f"model on one chunk after the other with use_cache=True and pass the {CACHE} that "
                 "the last one returned to generate."
             )
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"guidance_scale={generation_config.guidance_scale} is not supported: transformers "
+                "guides by a second pass over the prompt alone, which an encoder-decoder lacks. "
+                "Leave it out."
+            )
         super()._validate_generation_mode(
             generation_mode, generation_config, generation_mode_kwargs
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and `generate_batch` with it, which begins here."""
+        raise ValueError(
+            "generate_batch (continuous batching) is not supported: its pages hold keys and "
+            "values of attention, and it runs no encoder. Call generate on a padded batch."
         )
 
     def _prepare_cache_for_generation(
