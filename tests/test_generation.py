@@ -7,10 +7,12 @@ import pytest
 import tolerances
 import torch
 from conftest import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, TextStreamer
 
 from modeling_convt5 import ConvT5ForConditionalGeneration
-from modeling_convt5.cache_convt5 import CACHE
+from modeling_convt5.cache_convt5 import CACHE, new_static_cache
 
 MIXERS = ("depthwise", "lightweight", "dynamic", "attention", ["lightweight", "attention"])
 LENGTHS = {"min_new_tokens": 12, "max_new_tokens": 16}
@@ -160,6 +162,41 @@ def test_conv_state_has_a_constant_size():
         shapes = [tuple(layer.conv_state.shape) for layer in cache.self_attention_cache.layers]
         assert shapes == [(3, 6, 16), (3, 6, 16)]
     assert cache.get_seq_length() == 27
+
+
+class Shapes(TorchDispatchMode):
+    """Every operation that runs, with the shapes of what it reads and makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)]
+        self.operations.append((str(func), [tuple(t.shape) for t in tensors]))
+        return made
+
+
+@pytest.mark.parametrize("cross_attention", [True, False])
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("mixer", ["depthwise", "lightweight", "dynamic"])
+def test_a_step_does_the_same_work_at_every_position(mixer, implementation, cross_attention):
+    """To the shape of every tensor, so that the 2,048th token takes as long as the 32nd."""
+    model = _model(decoder_mixers=mixer, cross_attention=cross_attention)
+    encoded, work = model.get_encoder()(**_batch()), []
+    for position in (32, 2048):
+        cache = new_static_cache(model.config, 4096, 11) if implementation else None
+        call = {"encoder_outputs": encoded, "use_cache": True}
+        ids = torch.randint(4, 40, (3, position))
+        cache = model(**call, decoder_input_ids=ids, past_key_values=cache)[CACHE]
+        one = {"decoder_input_ids": torch.full((3, 1), 7), "past_key_values": cache}
+        with Shapes() as shapes:
+            model(**call, **one)
+            model(**call, **one, decoder_attention_mask=torch.ones(3, 1))
+        assert cache.get_seq_length() == position + 2
+        work.append(shapes.operations)
+    assert work[0] == work[1] and len(work[0]) > 50
 
 
 def test_left_padded_decoder_prompts():
