@@ -29,6 +29,7 @@ WINDOWS = list(itertools.product((1, 2, 4, 7, 31), (1, 2, 5)))  # (kernel size, 
 LENGTHS = {"min_new_tokens": 9, "max_new_tokens": 12}
 # Random weights fall into short cycles, which would hide a state that is wrong later on.
 NO_CYCLES = {"no_repeat_ngram_size": 2}
+PROMPT_LENGTH = 40  # of the strategies that draft
 CHUNKS = (2, 1, 3)  # of a prompt; the rest of it, which is longer than the window, comes last
 
 
@@ -172,8 +173,9 @@ def assisted(**arguments):
 
     def run(model, batch, side, cache):
         batch = {name: value[1:2] for name, value in batch.items()}
-        # Prompt lookup drafts what repeats, so some repetition must be allowed.
-        common = {"no_repeat_ngram_size": 4, "decoder_input_ids": prompts(5)[:1]}
+        # Prompt lookup drafts what follows an earlier occurrence of the last tokens: a prompt with
+        # most of the vocabulary gives it something at every step, and repetition must be allowed.
+        common = {"no_repeat_ngram_size": 4, "decoder_input_ids": prompts(PROMPT_LENGTH)[:1]}
         if cache == {"use_cache": False}:
             return plain(**common)(model, batch, side, cache)
         drafts = dict(arguments) or {"assistant_model": draft_model(model)}
@@ -189,7 +191,7 @@ def draft_model(model):
     draft.generation_config.update(num_assistant_tokens=3)
     with torch.no_grad():
         noise = torch.randn(draft.lm_head.weight.shape, generator=torch.Generator().manual_seed(7))
-        draft.lm_head.weight.add_(noise, alpha=0.2)
+        draft.lm_head.weight.add_(noise, alpha=0.4)
     return draft
 
 
@@ -298,6 +300,6 @@ def test_some_drafts_are_taken_and_some_rejected(strategy):
         )
         tokens = STRATEGIES[strategy](model, texts("right"), "right", {})
         rounds, read = rounds + len(lengths), read + sum(lengths)
-        generated, kept = generated + tokens.shape[1] - 5, kept + tokens.shape[1] - 1
+        generated, kept = generated + tokens.shape[1] - PROMPT_LENGTH, kept + tokens.shape[1] - 1
     assert rounds < generated, "no draft was taken"
     assert read > kept, "no draft was rejected"
