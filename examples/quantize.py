@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="where the int8 folder goes")
     parser.add_argument("--quickstart", type=Path, help="output_dir of a finished quickstart")
     args = parser.parse_args(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     quantization = TorchAoConfig(Int8WeightOnlyConfig())
     model = AutoModelForSeq2SeqLM.from_pretrained(
         args.model, trust_remote_code=True, quantization_config=quantization
