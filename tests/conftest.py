@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections import Counter, defaultdict
 
 # Before transformers is imported: no test may reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,3 +42,17 @@ def _seed():
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """For each sweep a line with its number of combinations, which its tests report in parts."""
+    sweeps = defaultdict(Counter)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            name = report.nodeid.split("[")[0]
+            sweeps[name].update(dict(report.user_properties))
+    for name, counts in sweeps.items():
+        if "combinations" in counts:
+            terminalreporter.write_line(
+                f"{name}: " + ", ".join(f"{number} {what}" for what, number in counts.items())
+            )

@@ -1,40 +1,23 @@
-"""`generate` with the cache gives the tokens that `generate` without it gives."""
+"""Decoding: one compiled graph, chunks, padding, roll-back, and what is refused.
 
-import itertools
+That every strategy gives the same tokens with a cache as without is test_cached_generation.py.
+"""
 
 import pytest
 import tolerances
 import torch
 from conftest import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, TextStreamer
 
 from modeling_convt5 import ConvT5ForConditionalGeneration
-from modeling_convt5.cache_convt5 import CACHE
+from modeling_convt5.cache_convt5 import CACHE, new_static_cache
 
 MIXERS = ("depthwise", "lightweight", "dynamic", "attention", ["lightweight", "attention"])
-WINDOWS = list(itertools.product((1, 2, 4, 7, 31), (1, 2, 5)))  # (kernel size, dilation)
 LENGTHS = {"min_new_tokens": 12, "max_new_tokens": 16}
 PROMPT = torch.tensor([[0, 11, 12, 13, 14]])
-STRATEGIES = {
-    "greedy": {},
-    "beam": {"num_beams": 4},
-    "several returns": {"num_beams": 4, "num_return_sequences": 3},
-    "sampling": {"do_sample": True, "top_k": 0},
-    "beam sampling": {"do_sample": True, "num_beams": 3, "top_k": 20, "temperature": 1.5},
-    "sampled returns": {"do_sample": True, "num_return_sequences": 2, "top_p": 0.9},
-    "given decoder inputs": {"decoder_input_ids": PROMPT.expand(3, -1)},
-    "tokens forced and suppressed": {
-        "forced_bos_token_id": 9,
-        "forced_eos_token_id": 3,
-        "suppress_tokens": [4, 5, 6],
-        "begin_suppress_tokens": [7, 8],
-        "repetition_penalty": 1.3,
-    },
-    # These two decode one text at a time, and roll the state back.
-    "prompt lookup": {"prompt_lookup_num_tokens": 3, "decoder_input_ids": PROMPT},
-    "assistant model": {"assistant_model": None},
-}
-ONE_TEXT = ("prompt lookup", "assistant model")
+STRATEGIES = {"greedy": {}, "beam": {"num_beams": 4}, "sampling": {"do_sample": True, "top_k": 0}}
 
 
 def _model(seed=1, **overrides):
@@ -58,57 +41,6 @@ def _generate(model, batch, **kwargs):
     return model.generate(**batch, no_repeat_ngram_size=2, **LENGTHS, **kwargs)
 
 
-def _compare(mixer, window, cross_attention, side, strategy):
-    """Uncached, cached and static decoding give the same tokens."""
-    fields = {
-        "encoder_mixers": mixer,
-        "decoder_mixers": mixer,
-        "decoder_kernel_size": window[0],
-        "decoder_dilation": window[1],
-        "cross_attention": cross_attention,
-        # Without positions a kernel of one tap scores all orders of the same tokens alike.
-        "position_embeddings": "learned" if window[0] == 1 else None,
-    }
-    model, batch, kwargs = _model(**fields), _batch(side), dict(STRATEGIES[strategy])
-    if strategy in ONE_TEXT:
-        batch = {key: value[1:2] for key, value in batch.items()}
-    plain = {k: v for k, v in kwargs.items() if k not in ("prompt_lookup_num_tokens",)}
-    if "assistant_model" in kwargs:
-        del plain["assistant_model"]
-        kwargs["assistant_model"] = _model(seed=1, **{**fields, "num_decoder_layers": 2})
-        # Nearly the model itself, so that some of its drafts are taken and some are not.
-        with torch.no_grad():
-            kwargs["assistant_model"].lm_head.weight.add_(torch.randn(40, 16), alpha=0.2)
-    uncached = _generate(model, batch, use_cache=False, **plain)
-    assert uncached.unique().numel() > 5, "a constant output would prove nothing"
-    assert torch.equal(_generate(model, batch, **kwargs), uncached)
-    if strategy not in ONE_TEXT:
-        static = _generate(model, batch, cache_implementation="static", **kwargs)
-        assert torch.equal(static, uncached)
-
-
-def _windows(mixer):
-    return WINDOWS[:1] if mixer == "attention" else WINDOWS  # attention has no window
-
-
-@pytest.mark.parametrize("cross_attention", [True, False])
-@pytest.mark.parametrize("mixer", MIXERS, ids=str)
-def test_cached_equals_uncached(mixer, cross_attention):
-    cases = itertools.cycle(itertools.product(_windows(mixer), ("left", "right")))
-    for strategy in STRATEGIES:
-        for window, side in itertools.islice(cases, 3):
-            _compare(mixer, window, cross_attention, side, strategy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("cross_attention", [True, False])
-@pytest.mark.parametrize("mixer", MIXERS, ids=str)
-def test_cached_equals_uncached_for_every_combination(mixer, cross_attention, strategy):
-    for window, side in itertools.product(_windows(mixer), ("left", "right")):
-        _compare(mixer, window, cross_attention, side, strategy)
-
-
 COMPILED = [
     ("lightweight", (7, 1), True),
     ("lightweight", (1, 1), False),
@@ -125,36 +57,55 @@ COMPILED = [
 ]
 
 
-def _compiled_once(backend, mixer, window, cross_attention, **kwargs):
-    """Compiled decoding gives the uncached tokens, from one graph for all positions."""
+def _compiled_once(backend, mixer, window, cross_attention, record_property=None, **kwargs):
+    """Two compiled generations give the uncached tokens, every position from the same one graph."""
     model = _model(
         encoder_mixers=mixer,
         decoder_mixers=mixer,
         decoder_kernel_size=window[0],
         decoder_dilation=window[1],
         cross_attention=cross_attention,
-    )
-    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    ).double()
+    graphs, runs = [], []
+
+    def counting(graph, inputs):
+        compiled = torch._dynamo.lookup_backend(backend)(graph, inputs)
+        graphs.append(compiled)
+
+        def run(*args):
+            runs.append(1)
+            return compiled(*args)
+
+        return run
+
+    compile_config = CompileConfig(fullgraph=True, mode=None, backend=counting)
     compile_config._compile_all_devices = True  # transformers compiles on accelerators only
+    static = {"cache_implementation": "static", "compile_config": compile_config}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    uncached = _generate(model, _batch(), use_cache=False, **kwargs)
-    compiled = _generate(
-        model, _batch(), cache_implementation="static", compile_config=compile_config, **kwargs
-    )
-    assert torch.equal(compiled, uncached)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    steps = 0
+    for texts in (_batch("right"), _batch("left")):
+        uncached = _generate(model, texts, use_cache=False, **kwargs)
+        assert torch.equal(_generate(model, texts, **static, **kwargs), uncached)
+        prompt = kwargs.get("decoder_input_ids", uncached[:, :1])
+        steps += uncached.shape[1] - prompt.shape[1] - 1  # the prompt itself is read uncompiled
+    assert len(graphs) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(runs) == steps
+    assert not torch._dynamo.utils.counters["graph_break"]
+    if record_property is not None:
+        for name, number in (("combinations", 1), ("graphs", len(graphs)), ("steps", steps)):
+            record_property(name, number)
 
 
 @pytest.mark.parametrize(("mixer", "window", "cross_attention"), COMPILED, ids=str)
-def test_static_decoding_is_one_graph(mixer, window, cross_attention):
-    _compiled_once("eager", mixer, window, cross_attention)
+def test_static_decoding_is_one_graph(mixer, window, cross_attention, record_property):
+    _compiled_once("eager", mixer, window, cross_attention, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mixer", "window", "cross_attention"), COMPILED, ids=str)
-def test_static_decoding_compiled(mixer, window, cross_attention):
-    _compiled_once("inductor", mixer, window, cross_attention)
+def test_static_decoding_compiled(mixer, window, cross_attention, record_property):
+    _compiled_once("inductor", mixer, window, cross_attention, record_property)
 
 
 def test_static_decoding_of_masked_prompts_is_one_graph():
@@ -164,7 +115,11 @@ def test_static_decoding_of_masked_prompts_is_one_graph():
     _compiled_once("eager", ["lightweight", "attention"], (4, 2), True, **kwargs)
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "beam", "sampling"])
+def test_static_sampling_is_one_graph():
+    _compiled_once("eager", ["dynamic", "attention"], (7, 1), True, do_sample=True, top_k=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_padding_side_does_not_matter(strategy):
     model = _model(encoder_mixers="dynamic")
     ids = torch.randint(4, 40, (1, 9))
@@ -209,6 +164,41 @@ def test_conv_state_has_a_constant_size():
     assert cache.get_seq_length() == 27
 
 
+class Shapes(TorchDispatchMode):
+    """Every operation that runs, with the shapes of what it reads and makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)]
+        self.operations.append((str(func), [tuple(t.shape) for t in tensors]))
+        return made
+
+
+@pytest.mark.parametrize("cross_attention", [True, False])
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("mixer", ["depthwise", "lightweight", "dynamic"])
+def test_a_step_does_the_same_work_at_every_position(mixer, implementation, cross_attention):
+    """To the shape of every tensor, so that the 2,048th token takes as long as the 32nd."""
+    model = _model(decoder_mixers=mixer, cross_attention=cross_attention)
+    encoded, work = model.get_encoder()(**_batch()), []
+    for position in (32, 2048):
+        cache = new_static_cache(model.config, 4096, 11) if implementation else None
+        call = {"encoder_outputs": encoded, "use_cache": True}
+        ids = torch.randint(4, 40, (3, position))
+        cache = model(**call, decoder_input_ids=ids, past_key_values=cache)[CACHE]
+        one = {"decoder_input_ids": torch.full((3, 1), 7), "past_key_values": cache}
+        with Shapes() as shapes:
+            model(**call, **one)
+            model(**call, **one, decoder_attention_mask=torch.ones(3, 1))
+        assert cache.get_seq_length() == position + 2
+        work.append(shapes.operations)
+    assert work[0] == work[1] and len(work[0]) > 50
+
+
 def test_left_padded_decoder_prompts():
     model = _model(decoder_mixers=["dynamic", "attention"])
     batch = {"input_ids": torch.randint(4, 40, (1, 8))}
@@ -237,10 +227,79 @@ def test_past_recording_rolls_back():
     assert cache.get_seq_length() == 10
 
 
-@pytest.mark.parametrize("implementation", ["offloaded", "quantized", "offloaded_static"])
-def test_caches_without_a_use_are_refused_before_any_work(implementation):
-    with pytest.raises(ValueError, match=f"cache_implementation='{implementation}' is not"):
-        _generate(_model(), _batch(), cache_implementation=implementation)
+REFUSED = {
+    "an offloaded cache": (
+        {"cache_implementation": "offloaded"},
+        "cache_implementation='offloaded'",
+    ),
+    "a quantised cache": (
+        {"cache_implementation": "quantized"},
+        "cache_implementation='quantized'",
+    ),
+    "an offloaded static cache": (
+        {"cache_implementation": "offloaded_static"},
+        "cache_implementation='offloaded_static'",
+    ),
+    "drafts from a text into a static cache": (
+        {"cache_implementation": "static", "prompt_lookup_num_tokens": 3},
+        "cache_implementation='static' cannot be combined",
+    ),
+    "drafts from layers that predict nothing": (
+        {"assistant_early_exit": 1},
+        "assistant_early_exit=1 is not supported",
+    ),
+    "prompts cut by transformers": (
+        {"prefill_chunk_size": 4},
+        "prefill_chunk_size=4 is not supported",
+    ),
+    "guidance": ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported"),
+    "several returns of drafts": (
+        {"prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True},
+        "num_return_sequences has to be 1",
+    ),
+    # Strategies that transformers 5 moved to repositories of their own.
+    "beam groups": (
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        "requires `trust_remote_code=True`",
+    ),
+    "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "requires `trust_remote_code=True`"),
+    "contrasting layers": ({"dola_layers": "low"}, "requires `trust_remote_code=True`"),
+    "constraints": (
+        {"num_beams": 4, "force_words_ids": [[5]]},
+        "requires `trust_remote_code=True`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_supported_is_refused_before_any_work(case):
+    arguments, message = REFUSED[case]
+    model = _model()
+    model.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
+    with pytest.raises(ValueError, match=message):
+        _generate(model, _batch(), **arguments)
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="generate_batch .+ is not supported"):
+        _model().generate_batch([[5, 6, 7]])
+
+
+def test_a_static_cache_that_is_too_small_is_refused_before_any_work():
+    model, batch = _model(), _batch()
+    output = _generate(model, batch, cache_implementation="static", return_dict_in_generate=True)
+    arguments = {"decoder_input_ids": output.sequences, CACHE: output[CACHE]}
+    with pytest.raises(ValueError, match="more room than the static .+ has .16 tokens."):
+        model.generate(**batch, **arguments, max_new_tokens=2)
+
+
+def test_a_cache_of_another_batch_is_refused():
+    for mixer in ("lightweight", "attention"):
+        model, batch = _model(decoder_mixers=mixer), _batch()
+        output = model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
+        arguments = {"decoder_input_ids": output.sequences, CACHE: output[CACHE]}
+        with pytest.raises(ValueError, match="filled by 3 rows, the decoder's inputs are 12"):
+            model.generate(**batch, **arguments, max_new_tokens=2, num_beams=4)
 
 
 def test_more_tokens_than_positions_are_refused_before_any_work():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_hub_folder_and_card(smoke):
     assert "2105.03322" in card and "revision=" in card and "code_revision" in card
     for heading in ("Usage", "Intended use", "Training data", "Evaluation", "Citation"):
         assert f"\n## {heading}" in card
+
+
+def test_eight_bit_weights_of_the_quickstart(smoke, tmp_path):
+    pytest.importorskip("torchao")
+    folder, _, _ = smoke
+    command = [sys.executable, ROOT / "examples" / "quantize.py", "--model", folder / "hub"]
+    command += ["--output", tmp_path / "int8", "--quickstart", folder]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    line = re.compile(r"(.+): ([\d.]+) MB, accuracy ([\d.]+)")
+    before, after = (line.fullmatch(text).groups() for text in done.stdout.splitlines())
+    assert (before[0], after[0]) == (str(folder / "hub"), str(tmp_path / "int8"))
+    assert float(after[1]) < float(before[1])
+    assert 0 <= float(after[2]) <= 1
 
 
 def test_rerun_says_what_it_reuses(smoke):

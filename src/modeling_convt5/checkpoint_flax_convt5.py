@@ -39,6 +39,7 @@ CODE = (
     "configuration_convt5.py",
     "convolution.py",
     "convolution_flax.py",
+    "generation_convt5.py",
     "generation_flax_convt5.py",
     "layers_convt5.py",
     "layers_flax_convt5.py",

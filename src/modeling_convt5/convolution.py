@@ -64,7 +64,7 @@ def depthwise_conv(
     Raises:
         ValueError: for shapes or dtypes that do not fit.
     """
-    _check(x, filter, left_taps, dilation, sharing, attention_mask, segment_ids)
+    _check(x, filter.shape, left_taps, dilation, sharing, attention_mask, segment_ids)
     x = hide_padding(x, attention_mask, segment_ids)
     return _convolve(x, filter, left_taps * dilation, dilation, sharing, segment_ids)
 
@@ -138,7 +138,7 @@ def dynamic_conv(
             f"dynamic_conv: source has shape {tuple(source.shape)}, expected that of x, "
             f"{tuple(x.shape)}."
         )
-    one_filter = weight[:, :1].reshape(-1, kernel_size)
+    one_filter = (weight.shape[0] // kernel_size, kernel_size)
     _check(x, one_filter, left_taps, dilation, sharing, attention_mask, segment_ids)
     x = hide_padding(x, attention_mask, segment_ids)
     reach = left_taps * dilation
@@ -492,17 +492,17 @@ def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _check(x, filter, left_taps, dilation, sharing, attention_mask, segment_ids):
+def _check(x, shape, left_taps, dilation, sharing, attention_mask, segment_ids):
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(
             f"convolution: x has shape {tuple(x.shape)} and dtype {x.dtype}, expected (B, L, D) "
             "in floating point."
         )
-    positions = () if filter.dim() == 2 else x.shape[:2]
-    fits = filter.dim() in (2, 4) and filter.shape[:-2] == positions
-    if not fits or filter.shape[-1] < 1 or x.shape[-1] % filter.shape[-2]:
+    positions = () if len(shape) == 2 else x.shape[:2]
+    fits = len(shape) in (2, 4) and shape[:-2] == positions
+    if not fits or min(shape[-2:]) < 1 or x.shape[-1] % shape[-2]:
         raise ValueError(
-            f"convolution: filter has shape {tuple(filter.shape)}, expected (F, K) or (B, L, F, K) "
+            f"convolution: filter has shape {tuple(shape)}, expected (F, K) or (B, L, F, K) "
             f"with (B, L) = {tuple(x.shape[:2])}, K >= 1 and F a divisor of D = {x.shape[-1]}."
         )
     if left_taps < 0 or dilation < 1:

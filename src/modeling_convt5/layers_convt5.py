@@ -318,7 +318,6 @@ class TokenMasks:
         length: new tokens L.
         places: (L,), where the new tokens stand in the row, tokens in the cache included.
         keys: the row's length: past + L, or the size of a static cache.
-        attention_mask: (B, keys) or None.
         segment_ids: (B, L) or None.
         tokens: (B, L), non-zero for tokens, or None when every position is one.
     """
@@ -330,31 +329,38 @@ class TokenMasks:
             raise ValueError("The input has length 0: pass at least one token.")
         self.keys = past + self.length if keys is None else keys
         self.places = torch.arange(self.length, device=inputs_embeds.device) + past
-        self.attention_mask = self._whole_mask(attention_mask, batch)
         self.segment_ids = segment_ids
         if segment_ids is not None:
             _check_segments(segment_ids, (batch, self.length))
-        self.tokens = None
-        if self.attention_mask is not None:
-            self.tokens = self.attention_mask.index_select(1, self.places)
-        self._batch = batch
+        self._mask, self._batch = attention_mask, batch
+        self.tokens = self._mask_of_new_tokens()
 
-    def _whole_mask(self, mask, batch):
-        """A mask of the new tokens alone says nothing against those in the cache."""
-        if mask is None or mask.shape == (batch, self.keys):
+    def _mask_of_new_tokens(self):
+        mask, batch = self._mask, self._batch
+        if mask is None or mask.shape == (batch, self.length):
             return mask
-        if mask.shape != (batch, self.length):
+        if mask.shape != (batch, self.keys):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, expected (batch, length) = "
                 f"{(batch, self.keys)}: one entry per token, 0 for padding."
             )
-        whole = mask.new_ones(batch, self.keys)
-        return whole.index_copy(1, self.places, mask)
+        return mask.index_select(1, self.places)
+
+    def whole_mask(self) -> torch.Tensor | None:
+        """The mask (B, keys), for what looks back on the whole row, which a convolution does not.
+
+        A mask of the new tokens alone says nothing against those in the cache.
+        """
+        if self._mask is None or self._mask.shape == (self._batch, self.keys):
+            return self._mask
+        whole = self._mask.new_ones(self._batch, self.keys)
+        return whole.index_copy(1, self.places, self._mask)
 
     def positions(self) -> torch.LongTensor:
         """(B, L): positions count real tokens, and restart in every packed example."""
-        if self.attention_mask is not None:
-            positions = (self.attention_mask != 0).long().cumsum(-1) - 1
+        mask = self.whole_mask()
+        if mask is not None:
+            positions = (mask != 0).long().cumsum(-1) - 1
             positions = positions.clamp(min=0).index_select(1, self.places)
         else:
             positions = self.places.expand(self._batch, -1)
@@ -386,7 +392,7 @@ def self_attention_bias(
     Returns:
         (1 or B, N, L, keys) in the dtype of the table.
     """
-    places = masks.places.to(table.weight.device)
+    places = masks.places
     distance = torch.arange(masks.keys, device=places.device)[None, :] - places[:, None]
     buckets = relative_position_bucket(
         distance,
@@ -394,10 +400,12 @@ def self_attention_bias(
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
     )
-    bias = table(buckets).permute(2, 0, 1)[None]
+    # The table may lie on another device, or on none while it is offloaded.
+    bias = table(buckets).to(places.device).permute(2, 0, 1)[None]
     visible = (distance <= 0)[None, None] if causal else None
-    if masks.attention_mask is not None:
-        real = (masks.attention_mask != 0)[:, None, None, :]
+    mask = masks.whole_mask()
+    if mask is not None:
+        real = (mask != 0)[:, None, None, :]
         visible = real if visible is None else visible & real
     if masks.segment_ids is not None:
         same = _same_segment(masks.segment_ids, masks.segment_ids)
@@ -422,8 +430,10 @@ def cross_attention_bias(hidden_states, encoder_mask, encoder_segments, segments
 
 
 def _same_segment(queries, keys):
-    """(B, 1, L, keys): a token sees its example. Padding sees all, so that no row of scores is masked
-    throughout: some attention kernels have wrong gradients there."""
+    """(B, 1, L, keys): a token sees its example, padding sees everything.
+
+    A row of scores that is masked throughout has wrong gradients in some attention kernels.
+    """
     same = (queries[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
     return (same | ~same.any(-1, keepdim=True))[:, None]
 

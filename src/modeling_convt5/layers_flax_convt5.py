@@ -518,8 +518,10 @@ def cross_attention_bias(hidden_states, encoder_mask, encoder_segments, segments
 
 
 def _same_segment(queries, keys):
-    """(B, 1, L, keys): a token sees its example. Padding sees all, so that no row of scores is masked
-    throughout: some attention kernels have wrong gradients there."""
+    """(B, 1, L, keys): a token sees its example, padding sees everything.
+
+    A row of scores that is masked throughout has wrong gradients in some attention kernels.
+    """
     same = (queries[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
     return (same | ~same.any(-1, keepdims=True))[:, None]
 

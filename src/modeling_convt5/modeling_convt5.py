@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutput,
     Seq2SeqLMOutput,
@@ -24,11 +23,12 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .cache_convt5 import CACHE, new_cache, new_static_cache
+from .cache_convt5 import CACHE
 from .configuration_convt5 import ConvT5Config
 
 # Named here because transformers 4 fetches only the files that this one imports itself.
 from .convolution import depthwise_conv, dynamic_conv, lightweight_conv  # noqa: F401
+from .generation_convt5 import ConvT5GenerationMixin
 from .layers_convt5 import ConvT5ClassificationHead
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
@@ -44,9 +44,6 @@ if TYPE_CHECKING:  # travel with a checkpoint; transformers reads these lines, P
     from .sharding_flax_convt5 import SHARDING_RULES  # noqa: F401
     from .stacks_flax_convt5 import FlaxConvT5Stack  # noqa: F401
     from .weights import WeightFiles  # noqa: F401
-
-# transformers 5 can take back tokens that were read into a state, and has caches to compile.
-ROLLS_BACK = hasattr(Cache, "activate_past_recording")
 
 
 class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
@@ -224,12 +221,10 @@ class ConvT5EncoderModel(ConvT5PreTrainedModel):
         return output if default(return_dict, self.config.return_dict) else output.to_tuple()
 
 
-class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
+class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, ConvT5GenerationMixin):
     """Encoder and decoder with a language-model head, as `T5ForConditionalGeneration`."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
-    # transformers 4 refuses assisted decoding for models that it cannot roll back.
-    _is_stateful = not ROLLS_BACK
 
     def __init__(self, config: ConvT5Config):
         super().__init__(config)
@@ -310,58 +305,6 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         return self._shift_right(labels)
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        """Give `generate` a cache whose layers are those of the decoder."""
-        config, allowed = self.config, self.config.max_position_embeddings
-        if config.position_embeddings == "learned" and max_cache_length > allowed:
-            raise ValueError(
-                f"Generating up to {max_cache_length + 1} tokens needs more positions than the "
-                f"table has (max_position_embeddings={allowed}). Lower max_new_tokens."
-            )
-        if model_kwargs.get(CACHE) is not None or not generation_config.use_cache:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-        implementation = generation_config.cache_implementation
-        if implementation == "static" and ROLLS_BACK:
-            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-            encoder_length = model_kwargs["encoder_outputs"][0].shape[1]
-            model_kwargs[CACHE] = new_static_cache(config, length, encoder_length)
-        elif implementation in (None, "dynamic"):
-            model_kwargs[CACHE] = new_cache(config)
-            if getattr(generation_config, "is_assistant", False):
-                model_kwargs[CACHE].activate_past_recording()
-        else:
-            raise ValueError(
-                f"cache_implementation={implementation!r} is not supported: a convolution's state "
-                "is small and of constant size. Leave it out, or use 'static' (transformers 5) to "
-                "compile decoding into one graph."
-            )
-
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        """As transformers', and what a returned cache has read already is not read again."""
-        cache = kwargs.get(CACHE)
-        if cache is not None and next_sequence_length is None and ROLLS_BACK:
-            past = int(cache.get_seq_length())
-            if past >= input_ids.shape[1]:
-                raise ValueError(
-                    f"decoder_input_ids holds {input_ids.shape[1]} tokens, but {CACHE} has read "
-                    f"{past}: pass the whole sequence, with at least one token more."
-                )
-            next_sequence_length = input_ids.shape[1] - past
-        if next_sequence_length is not None:
-            kwargs["next_sequence_length"] = next_sequence_length
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
-
-    def create_masks_for_generate(self, attention_mask, **kwargs):
-        """A decoder mask (B, past + L) at the size of a static cache, so that no shape changes."""
-        if attention_mask is None:
-            return None
-        keys = kwargs[CACHE].self_attention_cache.key_length
-        return F.pad(attention_mask, (0, keys - attention_mask.shape[1]), value=1)
 
 
 class ConvT5ForSequenceClassification(_ConvT5EncoderDecoder):

@@ -4,7 +4,6 @@ Shapes: B batch, L length, D d_model.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
@@ -143,9 +142,11 @@ class ConvT5PreTrainedModel(PreTrainedModel):
                 f"decoder_start_token_id={start} and pad_token_id={pad}: both must be set in the "
                 "configuration to make decoder inputs from labels. T5 uses 0 for both."
             )
-        shifted = F.pad(input_ids[..., :-1], (1, 0), value=start)
+        # Rolled, not cut and padded, whose lengths of L - 1 torch.export would not let be 1.
+        begins = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0
         if segment_ids is not None:
-            shifted[..., 1:][segment_ids[..., 1:] != segment_ids[..., :-1]] = start
+            begins = begins | (segment_ids != segment_ids.roll(1, -1))
+        shifted = input_ids.roll(1, -1).masked_fill(begins, start)
         return shifted.masked_fill(shifted == -100, pad)
 
 
@@ -214,9 +215,10 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states)
         use_cache = self.is_decoder and bool(default(use_cache, self.config.use_cache))
         past_key_values = default(cache, past_key_values)
-        past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        batch = inputs_embeds.shape[0]
+        past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids, batch)
         past, keys = 0, None
         if past_key_values is not None:
             past = past_key_values.get_seq_length()
@@ -296,7 +298,7 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                 f"{encoder_hidden_states.shape[0]}: expected one text of each for every example."
             )
 
-    def _prepare_cache(self, past_key_values, use_cache, segment_ids):
+    def _prepare_cache(self, past_key_values, use_cache, segment_ids, batch):
         # `generate` of transformers 4 hands a given cache to the encoder as well.
         if not self.is_decoder or (self.gradient_checkpointing and self.training):
             return None
@@ -321,6 +323,14 @@ class ConvT5Stack(ConvT5PreTrainedModel):
                     "this decoder. Pass the cache that this model returned."
                 )
             past_key_values.self_attention_cache = ConvStateCache(self.config)
+        first = past_key_values.self_attention_cache.layers[0]
+        held = first.conv_state if isinstance(first, ConvStateLayer) else first.keys
+        if held is not None and held.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values was filled by {held.shape[0]} rows, the decoder's inputs are "
+                f"{batch}: both must be the same. To go on with beams or several returns, call "
+                "past_key_values.batch_repeat_interleave(number) first."
+            )
         return past_key_values
 
     def _embed(self, inputs_embeds, masks):
