@@ -31,9 +31,6 @@ ONLY_PYTORCH = {
     "ConvT5ForConditionalGeneration.get_output_embeddings",
     "ConvT5ForConditionalGeneration.set_output_embeddings",
     "ConvT5ForConditionalGeneration.prepare_decoder_input_ids_from_labels",
-    "ConvT5ForConditionalGeneration._prepare_cache_for_generation",
-    "ConvT5ForConditionalGeneration.prepare_inputs_for_generation",
-    "ConvT5ForConditionalGeneration.create_masks_for_generate",
     # Flax initialises a parameter where it is made.
     "ConvT5PreTrainedModel._init_weights",
     "default",

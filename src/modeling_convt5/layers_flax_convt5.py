@@ -415,7 +415,6 @@ class FlaxTokenMasks:
         length: new tokens L.
         places: (L,), where the new tokens stand in the row, tokens in the cache included.
         keys: the row's length: L, or the size of the cache.
-        attention_mask: (B, keys) or None.
         segment_ids: (B, L) or None.
         tokens: (B, L), non-zero for tokens, or None when every position is one.
     """
@@ -427,30 +426,38 @@ class FlaxTokenMasks:
             raise ValueError("The input has length 0: pass at least one token.")
         self.keys = self.length if keys is None else keys
         self.places = jnp.arange(self.length) + past
-        self.attention_mask = self._whole_mask(attention_mask, batch)
         self.segment_ids = segment_ids
         if segment_ids is not None:
             _check_segments(segment_ids, (batch, self.length))
-        self.tokens = None
-        if self.attention_mask is not None:
-            self.tokens = jnp.take(self.attention_mask, self.places, axis=1)
-        self._batch = batch
+        self._mask, self._batch = attention_mask, batch
+        self.tokens = self._mask_of_new_tokens()
 
-    def _whole_mask(self, mask, batch):
-        """A mask of the new tokens alone says nothing against those in the cache."""
-        if mask is None or mask.shape == (batch, self.keys):
+    def _mask_of_new_tokens(self):
+        mask, batch = self._mask, self._batch
+        if mask is None or mask.shape == (batch, self.length):
             return mask
-        if mask.shape != (batch, self.length):
+        if mask.shape != (batch, self.keys):
             raise ValueError(
                 f"attention_mask has shape {mask.shape}, expected (batch, length) = "
                 f"{(batch, self.keys)}: one entry per token, 0 for padding."
             )
-        return jnp.ones((batch, self.keys), mask.dtype).at[:, self.places].set(mask)
+        return jnp.take(mask, self.places, axis=1)
+
+    def whole_mask(self) -> jax.Array | None:
+        """The mask (B, keys), for what looks back on the whole row, which a convolution does not.
+
+        A mask of the new tokens alone says nothing against those in the cache.
+        """
+        if self._mask is None or self._mask.shape == (self._batch, self.keys):
+            return self._mask
+        whole = jnp.ones((self._batch, self.keys), self._mask.dtype)
+        return whole.at[:, self.places].set(self._mask)
 
     def positions(self) -> jax.Array:
         """(B, L): positions count real tokens, and restart in every packed example."""
-        if self.attention_mask is not None:
-            positions = jnp.cumsum(self.attention_mask != 0, axis=-1) - 1
+        mask = self.whole_mask()
+        if mask is not None:
+            positions = jnp.cumsum(mask != 0, axis=-1) - 1
             positions = jnp.take(jnp.maximum(positions, 0), self.places, axis=1)
         else:
             positions = jnp.broadcast_to(self.places, (self._batch, self.length))
@@ -492,8 +499,9 @@ def self_attention_bias(
     )
     bias = table(buckets).transpose(2, 0, 1)[None]
     visible = (distance <= 0)[None, None] if causal else None
-    if masks.attention_mask is not None:
-        real = (masks.attention_mask != 0)[:, None, None, :]
+    whole_mask = masks.whole_mask()
+    if whole_mask is not None:
+        real = (whole_mask != 0)[:, None, None, :]
         visible = real if visible is None else visible & real
     if masks.segment_ids is not None:
         same = _same_segment(masks.segment_ids, masks.segment_ids)
