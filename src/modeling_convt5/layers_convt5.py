@@ -39,6 +39,7 @@ class ConvT5Convolution(nn.Module):
         super().__init__()
         self.mixer, self.kernel_size = spec.mixer, spec.kernel_size
         self.left_taps, self.dilation = spec.left_taps, spec.dilation
+        self.state_length = spec.state_length
         self.sharing, self.filter_dropout = config.filter_sharing, config.filter_dropout
         self.gate = config.gate
         d_model, bias, filters = config.d_model, config.mixer_bias, config.filters_per_layer
@@ -341,7 +342,10 @@ class TokenMasks:
 
     def _whole_mask(self, mask, batch):
         """A mask of the new tokens alone says nothing against those in the cache."""
-        if mask is None or mask.shape == (batch, self.keys):
+        if mask is None:
+            return None
+        check_mask("attention_mask", mask)
+        if mask.shape == (batch, self.keys):
             return mask
         if mask.shape != (batch, self.length):
             raise ValueError(
@@ -363,6 +367,52 @@ class TokenMasks:
             starts = torch.where(first, positions, torch.zeros_like(positions)).cummax(-1).values
             positions = positions - starts
         return positions
+
+
+def check_tensor(name: str, value) -> None:
+    """Raise ValueError for what a tokenizer returns unless it is asked for tensors."""
+    if value is not None and not torch.is_tensor(value):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, expected a tensor: call the tokenizer with "
+            "return_tensors='pt', or use torch.tensor."
+        )
+
+
+def check_mask(name: str, mask: torch.Tensor) -> None:
+    """Raise ValueError for a mask that is added to scores, where 0 is a token: ours say 1."""
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
+        raise ValueError(
+            f"{name} holds negative numbers (the lowest is {float(mask.min())}), expected 1 for "
+            "tokens and 0 for padding, not a mask to be added to scores."
+        )
+
+
+def check_encoder_states(states, mask, segment_ids, inputs_embeds: torch.Tensor) -> None:
+    """Raise ValueError unless encoder states (B, L, D) and their masks (B, L) fit the decoder's.
+
+    Args:
+        inputs_embeds: (B, M, D), the decoder's inputs.
+    """
+    batch, d_model = inputs_embeds.shape[0], inputs_embeds.shape[2]
+    check_tensor("The first entry of encoder_outputs", states)
+    if states.dim() != 3 or states.shape[1] == 0 or states.shape[2] != d_model:
+        raise ValueError(
+            f"The encoder's states have shape {tuple(states.shape)}, expected (batch, length of at "
+            f"least 1, d_model = {d_model}): pass encoder_outputs as this model's encoder returned "
+            "them."
+        )
+    if states.shape[0] != batch:
+        raise ValueError(
+            f"The decoder's inputs are a batch of {batch}, the encoder's states one of "
+            f"{states.shape[0]}: expected one text of each for every example."
+        )
+    for name, value in (("attention_mask", mask), ("segment_ids", segment_ids)):
+        check_tensor(name, value)
+        if value is not None and value.shape != states.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, expected (batch, length) = "
+                f"{tuple(states.shape[:2])} of the encoder's states: one entry per token."
+            )
 
 
 def _check_segments(segment_ids, shape):

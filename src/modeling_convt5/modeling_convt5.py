@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    ModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
     Seq2SeqQuestionAnsweringModelOutput,
@@ -24,12 +25,12 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .cache_convt5 import CACHE, new_cache, new_static_cache
+from .cache_convt5 import CACHE, given_cache, new_cache, new_static_cache
 from .configuration_convt5 import ConvT5Config
 
 # Named here because transformers 4 fetches only the files that this one imports itself.
 from .convolution import depthwise_conv, dynamic_conv, lightweight_conv  # noqa: F401
-from .layers_convt5 import ConvT5ClassificationHead
+from .layers_convt5 import ConvT5ClassificationHead, check_tensor
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
 if TYPE_CHECKING:  # travels with a checkpoint; transformers reads these lines, Python does not
@@ -48,7 +49,7 @@ class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
         self.encoder = ConvT5Stack(config, "encoder")
         self.decoder = ConvT5Stack(config, "decoder")
 
-    def get_encoder(self) -> ConvT5Stack:
+    def get_encoder(self, modality: str | None = None) -> ConvT5Stack:
         return self.encoder
 
     def get_decoder(self) -> ConvT5Stack:
@@ -86,7 +87,19 @@ class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
                 return_dict=True,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*tuple(encoder_outputs)[:3])
+            if isinstance(encoder_outputs, ModelOutput):
+                encoder_outputs = encoder_outputs.to_tuple()
+            if not isinstance(encoder_outputs, (tuple, list)):
+                raise ValueError(
+                    f"encoder_outputs is a {type(encoder_outputs).__name__}, expected what "
+                    "get_encoder() returns or a tuple that begins with its last_hidden_state."
+                )
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
+        if not torch.is_tensor(encoder_outputs.last_hidden_state):
+            raise ValueError(
+                f"encoder_outputs begins with {encoder_outputs.last_hidden_state!r}, expected the "
+                "encoder's states: pass what get_encoder() returned."
+            )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -95,7 +108,7 @@ class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             encoder_segment_ids=segment_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -163,7 +176,7 @@ class ConvT5Model(_ConvT5EncoderDecoder):
             decoder_input_ids,
             decoder_attention_mask,
             encoder_outputs,
-            default(cache, past_key_values),
+            given_cache(cache, past_key_values),
             inputs_embeds,
             decoder_inputs_embeds,
             segment_ids,
@@ -187,7 +200,7 @@ class ConvT5EncoderModel(ConvT5PreTrainedModel):
         self.encoder = ConvT5Stack(config, "encoder")
         self.post_init()
 
-    def get_encoder(self) -> ConvT5Stack:
+    def get_encoder(self, modality: str | None = None) -> ConvT5Stack:
         return self.encoder
 
     def forward(
@@ -264,6 +277,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
                 inputs are made from the labels unless given.
         """
         if labels is not None:
+            check_tensor("labels", labels)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self._shift_right(labels, decoder_segment_ids)
             if self.training:
@@ -274,7 +288,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
             decoder_input_ids,
             decoder_attention_mask,
             encoder_outputs,
-            default(cache, past_key_values),
+            given_cache(cache, past_key_values),
             inputs_embeds,
             decoder_inputs_embeds,
             segment_ids,
@@ -289,17 +303,49 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}: "
-                    "one label for each of the decoder's inputs."
-                )
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         output = _with_logits(Seq2SeqLMOutput, output, loss=loss, logits=logits)
         return output if default(return_dict, self.config.return_dict) else output.to_tuple()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         return self._shift_right(labels)
+
+    def _validate_generation_mode(
+        self, generation_mode, generation_config, generation_mode_kwargs
+    ) -> None:
+        """As transformers', and what it would find later, in other words."""
+        super()._validate_generation_mode(
+            generation_mode, generation_config, generation_mode_kwargs
+        )
+        beams, guidance = generation_config.num_beams, generation_config.guidance_scale
+        if beams is not None and beams < 1:
+            raise ValueError(f"num_beams={beams} is not allowed: expected at least 1, no search.")
+        if guidance not in (None, 1):
+            raise ValueError(
+                f"guidance_scale={guidance} is not supported for encoder-decoders: leave it out."
+            )
+        if generation_config.cache_implementation == "static" and (
+            generation_mode == "assisted_generation"
+        ):
+            raise ValueError(
+                "cache_implementation='static' cannot take back the tokens of assisted or "
+                "prompt-lookup decoding: leave one of the two out."
+            )
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size, model_input_name, model_kwargs, *args, **kwargs
+    ):
+        """As transformers', for decoder inputs that fit the texts."""
+        ids = model_kwargs.get("decoder_input_ids")
+        check_tensor("decoder_input_ids", ids)
+        if ids is not None and (ids.dim() != 2 or ids.shape[0] != batch_size or ids.shape[1] == 0):
+            raise ValueError(
+                f"decoder_input_ids has shape {tuple(ids.shape)}, expected (batch, length) = "
+                f"({batch_size}, at least 1): the beginning of an output for each text."
+            )
+        return super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -484,7 +530,7 @@ class ConvT5ForTokenClassification(ConvT5PreTrainedModel):
         self.classifier = nn.Linear(config.d_model, config.num_labels)
         self.post_init()
 
-    def get_encoder(self) -> ConvT5Stack:
+    def get_encoder(self, modality: str | None = None) -> ConvT5Stack:
         return self.encoder
 
     def forward(
@@ -555,7 +601,11 @@ class ConvT5ForQuestionAnswering(_ConvT5EncoderDecoder):
             start_positions, end_positions: (B,) the tokens with which the answer begins and ends.
                 A position behind the row, where a long text was cut, is left out of the loss.
         """
-        if start_positions is not None and end_positions is not None:
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError(
+                "start_positions and end_positions go together: pass both, or neither."
+            )
+        if start_positions is not None:
             use_cache = False
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
@@ -584,7 +634,7 @@ class ConvT5ForQuestionAnswering(_ConvT5EncoderDecoder):
         )
         start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if start_positions is not None:
             pairs = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(_position_loss(*pair) for pair in pairs) / 2
         output = _with_logits(
@@ -607,13 +657,32 @@ def cross_entropy(
     logits: torch.Tensor, labels: torch.LongTensor, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """Softmax cross-entropy of logits (..., V) and labels (...), -100 ignored."""
-    labels = labels.to(logits.device).flatten()
-    return _average(F.cross_entropy, logits.flatten(0, -2), labels, num_items)
+    labels, shape = labels.to(logits.device), logits.shape[:-1]
+    # Flat labels are T5's way as well.
+    if labels.is_floating_point() or labels.shape not in (shape, (shape.numel(),)):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}, expected integers "
+            f"of shape {tuple(shape)}: one for each row of the logits, -100 where there is none."
+        )
+    try:
+        return _average(F.cross_entropy, logits.flatten(0, -2), labels.flatten(), num_items)
+    except IndexError as error:  # looked for only now: a check beforehand would slow a GPU down
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= logits.shape[-1]))]
+        raise ValueError(
+            f"labels holds {int(wrong[0])}, expected 0 to {logits.shape[-1] - 1}, or -100 where "
+            "there is none. The number of classes is the configuration's num_labels, or vocab_size "
+            "for a language model."
+        ) from error
 
 
 def _position_loss(logits, positions):
     """Cross-entropy of logits (B, L) and positions (B,); positions >= L are left out."""
     length = logits.shape[1]
+    if positions.numel() != logits.shape[0]:
+        raise ValueError(
+            f"start_positions or end_positions has shape {tuple(positions.shape)}, expected "
+            f"({logits.shape[0]},): one position for each text."
+        )
     positions = positions.to(logits.device).flatten().clamp(0, length)
     return _average(F.cross_entropy, logits, positions, ignore_index=length)
 
