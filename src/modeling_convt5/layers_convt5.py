@@ -317,6 +317,7 @@ class TokenMasks:
 
     Attributes:
         length: new tokens L.
+        past: tokens in the cache, a tensor if it is static.
         places: (L,), where the new tokens stand in the row, tokens in the cache included.
         keys: the row's length: past + L, or the size of a static cache.
         attention_mask: (B, keys) or None.
@@ -327,6 +328,7 @@ class TokenMasks:
     def __init__(self, inputs_embeds, attention_mask, segment_ids, past=0, keys=None):
         """`past` tokens are in the cache (a tensor if it is static, with room for `keys`)."""
         batch, self.length = inputs_embeds.shape[:2]
+        self.past = past
         if self.length == 0:
             raise ValueError("The input has length 0: pass at least one token.")
         self.keys = past + self.length if keys is None else keys

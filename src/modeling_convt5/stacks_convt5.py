@@ -392,8 +392,10 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         if self.config.position_embeddings is None:
             return inputs_embeds
         positions = masks.positions()
-        # Padding repeats the position of its neighbour, so the length bounds every position.
-        longest, allowed = masks.keys, self.config.max_position_embeddings
+        # Padding repeats the position of its neighbour, so the length bounds every position. What
+        # a static cache will hold is checked before generation.
+        allowed = self.config.max_position_embeddings
+        longest = 0 if torch.is_tensor(masks.past) else masks.past + masks.length
         if longest > allowed:
             raise ValueError(
                 f"A row of {longest} tokens is longer than the position table "
