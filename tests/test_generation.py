@@ -140,7 +140,7 @@ def test_chunks_of_any_size_equal_the_full_row(mixer, chunks):
     full = model(**batch, decoder_input_ids=decoder_ids, use_cache=False).logits
     cache, pieces = None, []
     for piece in decoder_ids.split(chunks, dim=1):
-        output = model(**batch, decoder_input_ids=piece, past_key_values=cache, use_cache=True)
+        output = model(**batch, decoder_input_ids=piece, use_cache=True, **{CACHE: cache})
         cache = output[CACHE]
         pieces.append(output.logits)
     torch.testing.assert_close(
@@ -155,8 +155,8 @@ def test_conv_state_has_a_constant_size():
         output = model(
             **_batch(),
             decoder_input_ids=torch.randint(4, 40, (3, 9)),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         cache = output[CACHE]
         shapes = [tuple(layer.conv_state.shape) for layer in cache.self_attention_cache.layers]
@@ -217,12 +217,10 @@ def test_past_recording_rolls_back():
     cache = model(**batch, decoder_input_ids=ids[:, :3], use_cache=True)[CACHE]
     cache.activate_past_recording()
     wrong = torch.randint(4, 40, (3, 5))
-    cache = model(**batch, decoder_input_ids=wrong, past_key_values=cache, use_cache=True)[CACHE]
+    cache = model(**batch, decoder_input_ids=wrong, use_cache=True, **{CACHE: cache})[CACHE]
     for layer in cache.self_attention_cache.layers:
         layer.crop(-5)
-    logits = model(
-        **batch, decoder_input_ids=ids[:, 3:], past_key_values=cache, use_cache=True
-    ).logits
+    logits = model(**batch, decoder_input_ids=ids[:, 3:], use_cache=True, **{CACHE: cache}).logits
     torch.testing.assert_close(logits, full[:, 3:], atol=tolerances.FLOAT64_MODEL, rtol=0)
     assert cache.get_seq_length() == 10
 
@@ -307,7 +305,11 @@ def test_more_tokens_than_positions_are_refused_before_any_work():
     with pytest.raises(ValueError, match="up to 17 tokens needs more positions"):
         _generate(model, _batch())
     model = _model(position_embeddings="learned", max_position_embeddings=16)
-    assert torch.equal(_generate(model, _batch()), _generate(model, _batch(), use_cache=False))
+    expected = _generate(model, _batch(), use_cache=False)
+    assert torch.equal(_generate(model, _batch()), expected)
+    # A static cache may have room for more tokens than are generated.
+    roomy = {"cache_implementation": "static", "max_cache_len": 40}
+    assert torch.equal(_generate(model, _batch(), **roomy), expected)
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
@@ -376,4 +378,4 @@ def test_a_cache_of_another_model_is_refused():
     ids = torch.ones(3, 2).long()
     cache = hybrid(**batch, decoder_input_ids=ids, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="filled by another model"):
-        _model()(**batch, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+        _model()(**batch, decoder_input_ids=ids, use_cache=True, **{CACHE: cache})

@@ -13,6 +13,7 @@ from modeling_convt5 import (
     ConvT5ForConditionalGeneration,
     ConvT5Model,
 )
+from modeling_convt5.cache_convt5 import CACHE
 
 MIXERS = ("depthwise", "lightweight", "dynamic", "attention", ["attention", "dynamic"])
 # A packed row holds the examples 1 and 2, then padding.
@@ -398,10 +399,10 @@ WRONG_INPUTS = {
         {
             "input_ids": torch.ones(2, 4).long(),
             "decoder_input_ids": torch.ones(2, 3).long(),
-            "past_key_values": ((torch.ones(2, 4),),),
+            "cache": ((torch.ones(2, 4),),),
             "use_cache": True,
         },
-        "past_key_values is a tuple",
+        f"{CACHE} is a tuple",
     ),
     "longer than the position table": (
         {

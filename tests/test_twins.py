@@ -22,6 +22,8 @@ PAIRS = {
 ONLY_PYTORCH = {
     # Hooks that only transformers calls.
     "ConvT5PreTrainedModel.dummy_inputs",
+    "ConvT5PreTrainedModel.from_pretrained",
+    "ConvT5PreTrainedModel.save_pretrained",
     "ConvT5PreTrainedModel.get_expanded_tied_weights_keys",
     "ConvT5PreTrainedModel._tie_weights",
     "ConvT5PreTrainedModel._resize_token_embeddings",
@@ -92,6 +94,7 @@ PYTORCH_ARGUMENTS = {
     "kwargs",  # what Trainer and generate pass along
     "num_items",  # Trainer's, under gradient accumulation
     "module",  # transformers' attention interface
+    "modality",  # transformers' exporters ask for the encoder of a modality
     "scaling",
     "_",
     "stacks",  # whose tables are tied, for transformers' bookkeeping
@@ -107,7 +110,8 @@ FLAX_ARGUMENTS = {
     "common",
     "dropout_rng",  # randomness is an argument
     "places",  # where in a preallocated cache new tokens go
-    "tables",  # tied embeddings
+    "table",  # tied embeddings
+    "tables",
     "positions_table",
     "past_key_values",  # checked where it is used
 }

@@ -7,6 +7,8 @@ its counterpart for compiled decoding: every tensor keeps its address and shape.
 Shapes: B batch, T new tokens, S state length = left_taps * dilation, D d_model.
 """
 
+import warnings
+
 import torch
 from transformers.cache_utils import (
     Cache,
@@ -213,3 +215,60 @@ def new_static_cache(config, max_cache_len: int, encoder_length: int) -> Encoder
     """An empty cache of fixed size, for at most `max_cache_len` decoder tokens."""
     cross = [StaticLayer(encoder_length) for _ in range(config.num_decoder_layers)]
     return EncoderDecoderCache(StaticConvStateCache(config, max_cache_len), Cache(layers=cross))
+
+
+def given_cache(
+    cache: EncoderDecoderCache | None, past_key_values: EncoderDecoderCache | None
+) -> EncoderDecoderCache | None:
+    """The cache that a caller passed by either name; the old one draws transformers' warning."""
+    if past_key_values is not None and CACHE == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated, as in transformers since 5.24: pass `cache`.",
+            FutureWarning,
+            stacklevel=3,
+        )
+    return past_key_values if cache is None else cache
+
+
+def check_cache(
+    cache: EncoderDecoderCache,
+    config,
+    inputs_embeds: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None,
+) -> None:
+    """Refuse a cache that these inputs did not fill, before anything is added to it.
+
+    Args:
+        inputs_embeds: (B, T, D), the decoder's new tokens.
+        encoder_hidden_states: (B, L, D), the text that cross-attention looks at.
+
+    Raises:
+        ValueError: if the states held are another model's, another batch's or another text's.
+    """
+    batch, head = inputs_embeds.shape[0], (config.num_heads, config.d_kv)
+    cross = cache.cross_attention_cache.layers
+    for layer in [*cache.self_attention_cache.layers, *cross]:
+        is_state = isinstance(layer, ConvStateLayer)
+        held = layer.conv_state if is_state else layer.keys
+        if held is None:
+            continue
+        width, expected = (
+            (held.shape[2], config.d_model) if is_state else ((held.shape[1], held.shape[3]), head)
+        )
+        if width != expected:
+            raise ValueError(
+                f"{CACHE} was filled by another model: it holds states of width {width}, "
+                f"expected {expected}. Pass the cache that this model returned."
+            )
+        if held.shape[0] != batch:
+            raise ValueError(
+                f"{CACHE} was filled by {held.shape[0]} rows, the decoder's inputs are {batch}: "
+                "both must be the same. To go on with beams or several returns, call "
+                f"{CACHE}.batch_repeat_interleave(number) first."
+            )
+        if layer in cross and encoder_hidden_states is not None:
+            if held.shape[2] != encoder_hidden_states.shape[1]:
+                raise ValueError(
+                    f"{CACHE} holds a text of {held.shape[2]} tokens, the encoder's states "
+                    f"one of {encoder_hidden_states.shape[1]}: begin a new cache with a new text."
+                )

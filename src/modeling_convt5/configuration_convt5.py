@@ -35,6 +35,7 @@ CUSTOM_PIPELINES = {
         "tf": [],
     }
 }
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = ("linear", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid")
 
 
@@ -209,7 +210,6 @@ class ConvT5Config(PretrainedConfig):
         # Set here as well as through `super()`: transformers 4 and 5 treat the arguments of the
         # base class differently, and T5 has no beginning-of-sequence token.
         self.tie_word_embeddings = tie_word_embeddings
-        self._validate()
         kwargs.setdefault("bos_token_id", None)
         super().__init__(
             pad_token_id=pad_token_id,
@@ -223,6 +223,27 @@ class ConvT5Config(PretrainedConfig):
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
         self.decoder_start_token_id = decoder_start_token_id
+        self._validate()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ConvT5Config":
+        """As `PretrainedConfig.from_dict`, but not for another model's dictionary.
+
+        Raises:
+            ValueError: for a `model_type` other than "convt5", whose weights would not be found.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            _fail(
+                "model_type",
+                model_type,
+                repr(cls.model_type),
+                "Open other models with an Auto class, such as AutoModelForSeq2SeqLM.",
+            )
+        loaded = super().from_dict(config_dict, **kwargs)
+        # Fields given beside the dictionary are set without passing `__init__`.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._validate()
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As `PretrainedConfig.save_pretrained`, with all of `AUTO_MAP` and the pipelines."""
@@ -445,6 +466,8 @@ class ConvT5Config(PretrainedConfig):
                         f"more than {exact[stack]}, the distances that have a bucket of their own",
                         "T5 uses 128 with 32 buckets.",
                     )
+        if self.num_labels < 1:
+            _fail("num_labels", self.num_labels, "at least 1", "A regression has one.")
         filters = self.num_filters
         if filters is not None and (not _is_int(filters, 1) or self.d_model % filters):
             _fail(
@@ -467,6 +490,7 @@ class ConvT5Config(PretrainedConfig):
             "filter_sharing": FILTER_SHARINGS,
             "pointwise_activation": ACTIVATIONS,
             "position_embeddings": POSITION_EMBEDDINGS,
+            "problem_type": PROBLEM_TYPES,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_convt5 import CACHE, new_cache, new_static_cache
+from .layers_convt5 import check_tensor
 
 # transformers 5 can take back tokens that were read into a state, and has caches to compile.
 ROLLS_BACK = hasattr(Cache, "activate_past_recording")
@@ -23,6 +24,9 @@ class ConvT5GenerationMixin(GenerationMixin):
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         """Raise a ValueError for what this model has no way to do."""
+        beams = generation_config.num_beams
+        if beams is not None and beams < 1:
+            raise ValueError(f"num_beams={beams} is not allowed: expected at least 1, no search.")
         implementation = generation_config.cache_implementation
         if implementation not in ((None, "dynamic", "static") if ROLLS_BACK else (None, "dynamic")):
             raise ValueError(
@@ -64,6 +68,21 @@ class ConvT5GenerationMixin(GenerationMixin):
         raise ValueError(
             "generate_batch (continuous batching) is not supported: its pages hold keys and "
             "values of attention, and it runs no encoder. Call generate on a padded batch."
+        )
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size, model_input_name, model_kwargs, *args, **kwargs
+    ):
+        """As transformers', for decoder inputs that fit the texts."""
+        ids = model_kwargs.get("decoder_input_ids")
+        check_tensor("decoder_input_ids", ids)
+        if ids is not None and (ids.dim() != 2 or ids.shape[0] != batch_size or ids.shape[1] == 0):
+            raise ValueError(
+                f"decoder_input_ids has shape {tuple(ids.shape)}, expected (batch, length) = "
+                f"({batch_size}, at least 1): the beginning of an output for each text."
+            )
+        return super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
         )
 
     def _prepare_cache_for_generation(

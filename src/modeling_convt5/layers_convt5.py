@@ -39,6 +39,7 @@ class ConvT5Convolution(nn.Module):
         super().__init__()
         self.mixer, self.kernel_size = spec.mixer, spec.kernel_size
         self.left_taps, self.dilation = spec.left_taps, spec.dilation
+        self.state_length = spec.state_length
         self.sharing, self.filter_dropout = config.filter_sharing, config.filter_dropout
         self.gate = config.gate
         d_model, bias, filters = config.d_model, config.mixer_bias, config.filters_per_layer
@@ -316,6 +317,7 @@ class TokenMasks:
 
     Attributes:
         length: new tokens L.
+        past: tokens in the cache, a tensor if it is static.
         places: (L,), where the new tokens stand in the row, tokens in the cache included.
         keys: the row's length: past + L, or the size of a static cache.
         segment_ids: (B, L) or None.
@@ -325,6 +327,7 @@ class TokenMasks:
     def __init__(self, inputs_embeds, attention_mask, segment_ids, past=0, keys=None):
         """`past` tokens are in the cache (a tensor if it is static, with room for `keys`)."""
         batch, self.length = inputs_embeds.shape[:2]
+        self.past = past
         if self.length == 0:
             raise ValueError("The input has length 0: pass at least one token.")
         self.keys = past + self.length if keys is None else keys
@@ -337,7 +340,10 @@ class TokenMasks:
 
     def _mask_of_new_tokens(self):
         mask, batch = self._mask, self._batch
-        if mask is None or mask.shape == (batch, self.length):
+        if mask is None:
+            return None
+        check_mask("attention_mask", mask)
+        if mask.shape == (batch, self.length):
             return mask
         if mask.shape != (batch, self.keys):
             raise ValueError(
@@ -369,6 +375,52 @@ class TokenMasks:
             starts = torch.where(first, positions, torch.zeros_like(positions)).cummax(-1).values
             positions = positions - starts
         return positions
+
+
+def check_tensor(name: str, value) -> None:
+    """Raise ValueError for what a tokenizer returns unless it is asked for tensors."""
+    if value is not None and not torch.is_tensor(value):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, expected a tensor: call the tokenizer with "
+            "return_tensors='pt', or use torch.tensor."
+        )
+
+
+def check_mask(name: str, mask: torch.Tensor) -> None:
+    """Raise ValueError for a mask that is added to scores, where 0 is a token: ours say 1."""
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
+        raise ValueError(
+            f"{name} holds negative numbers (the lowest is {float(mask.min())}), expected 1 for "
+            "tokens and 0 for padding, not a mask to be added to scores."
+        )
+
+
+def check_encoder_states(states, mask, segment_ids, inputs_embeds: torch.Tensor) -> None:
+    """Raise ValueError unless encoder states (B, L, D) and their masks (B, L) fit the decoder's.
+
+    Args:
+        inputs_embeds: (B, M, D), the decoder's inputs.
+    """
+    batch, d_model = inputs_embeds.shape[0], inputs_embeds.shape[2]
+    check_tensor("The first entry of encoder_outputs", states)
+    if states.dim() != 3 or states.shape[1] == 0 or states.shape[2] != d_model:
+        raise ValueError(
+            f"The encoder's states have shape {tuple(states.shape)}, expected (batch, length of at "
+            f"least 1, d_model = {d_model}): pass encoder_outputs as this model's encoder returned "
+            "them."
+        )
+    if states.shape[0] != batch:
+        raise ValueError(
+            f"The decoder's inputs are a batch of {batch}, the encoder's states one of "
+            f"{states.shape[0]}: expected one text of each for every example."
+        )
+    for name, value in (("attention_mask", mask), ("segment_ids", segment_ids)):
+        check_tensor(name, value)
+        if value is not None and value.shape != states.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, expected (batch, length) = "
+                f"{tuple(states.shape[:2])} of the encoder's states: one entry per token."
+            )
 
 
 def _check_segments(segment_ids, shape):

@@ -413,6 +413,7 @@ class FlaxTokenMasks:
 
     Attributes:
         length: new tokens L.
+        past: tokens in the cache, an array if there is one.
         places: (L,), where the new tokens stand in the row, tokens in the cache included.
         keys: the row's length: L, or the size of the cache.
         segment_ids: (B, L) or None.
@@ -422,6 +423,7 @@ class FlaxTokenMasks:
     def __init__(self, inputs_embeds, attention_mask, segment_ids, past=0, keys=None):
         """`past` tokens are in the cache, which has room for `keys`."""
         batch, self.length = inputs_embeds.shape[:2]
+        self.past = past
         if self.length == 0:
             raise ValueError("The input has length 0: pass at least one token.")
         self.keys = self.length if keys is None else keys
@@ -434,7 +436,10 @@ class FlaxTokenMasks:
 
     def _mask_of_new_tokens(self):
         mask, batch = self._mask, self._batch
-        if mask is None or mask.shape == (batch, self.length):
+        if mask is None:
+            return None
+        check_mask("attention_mask", mask)
+        if mask.shape == (batch, self.length):
             return mask
         if mask.shape != (batch, self.keys):
             raise ValueError(
@@ -467,6 +472,53 @@ class FlaxTokenMasks:
             starts = jax.lax.cummax(jnp.where(first, positions, 0), axis=1)
             positions = positions - starts
         return positions
+
+
+def check_tensor(name: str, value) -> None:
+    """Raise ValueError for what a tokenizer returns unless it is asked for arrays."""
+    if value is not None and not hasattr(value, "ndim"):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, expected an array: call the tokenizer with "
+            "return_tensors='np', or use jnp.array."
+        )
+
+
+def check_mask(name: str, mask: jax.Array) -> None:
+    """Raise ValueError for a mask that is added to scores, where 0 is a token: ours say 1."""
+    if not jnp.issubdtype(mask.dtype, jnp.floating) or isinstance(mask, jax.core.Tracer):
+        return
+    if bool((mask < 0).any()):
+        raise ValueError(
+            f"{name} holds negative numbers (the lowest is {float(mask.min())}), expected 1 for "
+            "tokens and 0 for padding, not a mask to be added to scores."
+        )
+
+
+def check_encoder_states(states, mask, segment_ids, inputs_embeds: jax.Array) -> None:
+    """Raise ValueError unless encoder states (B, L, D) and their masks (B, L) fit the decoder's.
+
+    Args:
+        inputs_embeds: (B, M, D), the decoder's inputs.
+    """
+    batch, d_model = inputs_embeds.shape[0], inputs_embeds.shape[2]
+    check_tensor("The first entry of encoder_outputs", states)
+    if states.ndim != 3 or states.shape[1] == 0 or states.shape[2] != d_model:
+        raise ValueError(
+            f"The encoder's states have shape {states.shape}, expected (batch, length of at least "
+            f"1, d_model = {d_model}): pass encoder_outputs as this model's encoder returned them."
+        )
+    if states.shape[0] != batch:
+        raise ValueError(
+            f"The decoder's inputs are a batch of {batch}, the encoder's states one of "
+            f"{states.shape[0]}: expected one text of each for every example."
+        )
+    for name, value in (("attention_mask", mask), ("segment_ids", segment_ids)):
+        check_tensor(name, value)
+        if value is not None and value.shape != states.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {value.shape}, expected (batch, length) = {states.shape[:2]} of "
+                "the encoder's states: one entry per token."
+            )
 
 
 def _check_segments(segment_ids, shape):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    ModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
     Seq2SeqQuestionAnsweringModelOutput,
@@ -23,13 +24,13 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .cache_convt5 import CACHE
+from .cache_convt5 import CACHE, given_cache
 from .configuration_convt5 import ConvT5Config
 
 # Named here because transformers 4 fetches only the files that this one imports itself.
 from .convolution import depthwise_conv, dynamic_conv, lightweight_conv  # noqa: F401
 from .generation_convt5 import ConvT5GenerationMixin
-from .layers_convt5 import ConvT5ClassificationHead
+from .layers_convt5 import ConvT5ClassificationHead, check_tensor
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
 if TYPE_CHECKING:  # travel with a checkpoint; transformers reads these lines, Python does not
@@ -55,7 +56,7 @@ class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
         self.encoder = ConvT5Stack(config, "encoder")
         self.decoder = ConvT5Stack(config, "decoder")
 
-    def get_encoder(self) -> ConvT5Stack:
+    def get_encoder(self, modality: str | None = None) -> ConvT5Stack:
         return self.encoder
 
     def get_decoder(self) -> ConvT5Stack:
@@ -93,7 +94,19 @@ class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
                 return_dict=True,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*tuple(encoder_outputs)[:3])
+            if isinstance(encoder_outputs, ModelOutput):
+                encoder_outputs = encoder_outputs.to_tuple()
+            if not isinstance(encoder_outputs, (tuple, list)):
+                raise ValueError(
+                    f"encoder_outputs is a {type(encoder_outputs).__name__}, expected what "
+                    "get_encoder() returns or a tuple that begins with its last_hidden_state."
+                )
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
+        if not torch.is_tensor(encoder_outputs.last_hidden_state):
+            raise ValueError(
+                f"encoder_outputs begins with {encoder_outputs.last_hidden_state!r}, expected the "
+                "encoder's states: pass what get_encoder() returned."
+            )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -102,7 +115,7 @@ class _ConvT5EncoderDecoder(ConvT5PreTrainedModel):
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             encoder_segment_ids=segment_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -170,7 +183,7 @@ class ConvT5Model(_ConvT5EncoderDecoder):
             decoder_input_ids,
             decoder_attention_mask,
             encoder_outputs,
-            default(cache, past_key_values),
+            given_cache(cache, past_key_values),
             inputs_embeds,
             decoder_inputs_embeds,
             segment_ids,
@@ -194,7 +207,7 @@ class ConvT5EncoderModel(ConvT5PreTrainedModel):
         self.encoder = ConvT5Stack(config, "encoder")
         self.post_init()
 
-    def get_encoder(self) -> ConvT5Stack:
+    def get_encoder(self, modality: str | None = None) -> ConvT5Stack:
         return self.encoder
 
     def forward(
@@ -269,6 +282,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, ConvT5GenerationMixi
                 inputs are made from the labels unless given.
         """
         if labels is not None:
+            check_tensor("labels", labels)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self._shift_right(labels, decoder_segment_ids)
             if self.training:
@@ -279,7 +293,7 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, ConvT5GenerationMixi
             decoder_input_ids,
             decoder_attention_mask,
             encoder_outputs,
-            default(cache, past_key_values),
+            given_cache(cache, past_key_values),
             inputs_embeds,
             decoder_inputs_embeds,
             segment_ids,
@@ -294,11 +308,6 @@ class ConvT5ForConditionalGeneration(_ConvT5EncoderDecoder, ConvT5GenerationMixi
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}: "
-                    "one label for each of the decoder's inputs."
-                )
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         output = _with_logits(Seq2SeqLMOutput, output, loss=loss, logits=logits)
         return output if default(return_dict, self.config.return_dict) else output.to_tuple()
@@ -437,7 +446,7 @@ class ConvT5ForTokenClassification(ConvT5PreTrainedModel):
         self.classifier = nn.Linear(config.d_model, config.num_labels)
         self.post_init()
 
-    def get_encoder(self) -> ConvT5Stack:
+    def get_encoder(self, modality: str | None = None) -> ConvT5Stack:
         return self.encoder
 
     def forward(
@@ -508,7 +517,11 @@ class ConvT5ForQuestionAnswering(_ConvT5EncoderDecoder):
             start_positions, end_positions: (B,) the tokens with which the answer begins and ends.
                 A position behind the row, where a long text was cut, is left out of the loss.
         """
-        if start_positions is not None and end_positions is not None:
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError(
+                "start_positions and end_positions go together: pass both, or neither."
+            )
+        if start_positions is not None:
             use_cache = False
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
@@ -537,7 +550,7 @@ class ConvT5ForQuestionAnswering(_ConvT5EncoderDecoder):
         )
         start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if start_positions is not None:
             pairs = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(_position_loss(*pair) for pair in pairs) / 2
         output = _with_logits(
@@ -560,13 +573,32 @@ def cross_entropy(
     logits: torch.Tensor, labels: torch.LongTensor, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """Softmax cross-entropy of logits (..., V) and labels (...), -100 ignored."""
-    labels = labels.to(logits.device).flatten()
-    return _average(F.cross_entropy, logits.flatten(0, -2), labels, num_items)
+    labels, shape = labels.to(logits.device), logits.shape[:-1]
+    # Flat labels are T5's way as well.
+    if labels.is_floating_point() or labels.shape not in (shape, (shape.numel(),)):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}, expected integers "
+            f"of shape {tuple(shape)}: one for each row of the logits, -100 where there is none."
+        )
+    try:
+        return _average(F.cross_entropy, logits.flatten(0, -2), labels.flatten(), num_items)
+    except IndexError as error:  # looked for only now: a check beforehand would slow a GPU down
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= logits.shape[-1]))]
+        raise ValueError(
+            f"labels holds {int(wrong[0])}, expected 0 to {logits.shape[-1] - 1}, or -100 where "
+            "there is none. The number of classes is the configuration's num_labels, or vocab_size "
+            "for a language model."
+        ) from error
 
 
 def _position_loss(logits, positions):
     """Cross-entropy of logits (B, L) and positions (B,); positions >= L are left out."""
     length = logits.shape[1]
+    if positions.numel() != logits.shape[0]:
+        raise ValueError(
+            f"start_positions or end_positions has shape {tuple(positions.shape)}, expected "
+            f"({logits.shape[0]},): one position for each text."
+        )
     positions = positions.to(logits.device).flatten().clamp(0, length)
     return _average(F.cross_entropy, logits, positions, ignore_index=length)
 

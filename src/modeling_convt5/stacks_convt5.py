@@ -3,7 +3,11 @@
 Shapes: B batch, L length, D d_model.
 """
 
+import os
+from json import JSONDecodeError
+
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
@@ -12,14 +16,15 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
-from .cache_convt5 import CACHE, ConvStateCache, ConvStateLayer, new_cache
+from .cache_convt5 import CACHE, ConvStateCache, check_cache, given_cache, new_cache
 from .configuration_convt5 import ConvT5Config
 from .convolution import hide_padding
 from .layers_convt5 import (
-    ConvT5Attention,
     ConvT5Convolution,
     ConvT5Layer,
     TokenMasks,
+    check_encoder_states,
+    check_tensor,
     cross_attention_bias,
     self_attention_bias,
     sinusoids,
@@ -40,6 +45,40 @@ class ConvT5PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ConvT5Layer"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        use_safetensors: bool | None = True,
+        **kwargs,
+    ) -> "ConvT5PreTrainedModel":
+        """As transformers', but pickled weights (pytorch_model.bin) must be asked for.
+
+        Args:
+            use_safetensors: None or False also reads pickles.
+
+        Raises:
+            OSError: if the weights are missing or damaged, naming the folder.
+        """
+        path = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(path, *args, use_safetensors=use_safetensors, **kwargs)
+        except (SafetensorError, JSONDecodeError) as error:
+            raise OSError(
+                f"The weights of {path} cannot be read ({error}): a .safetensors file there, or "
+                "its index, is cut short or holds something else. Copy or download it again."
+            ) from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As transformers', which saves nothing and only logs it if there is a file in the way."""
+        if os.path.isfile(save_directory):
+            raise ValueError(
+                f"save_directory={os.fspath(save_directory)!r} is a file, expected a folder. "
+                "Nothing was saved; choose another path."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
@@ -110,6 +149,11 @@ class ConvT5PreTrainedModel(PreTrainedModel):
         self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True
     ) -> nn.Embedding:
         """As transformers'; with two token tables, both grow."""
+        if new_num_tokens is not None and new_num_tokens < 1:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens} is not allowed: expected at least 1, such as "
+                "len(tokenizer)."
+            )
         if not self.config.share_embeddings and hasattr(self, "decoder"):
             table = self.decoder.embed_tokens
             resized = self._get_resized_embeddings(
@@ -212,13 +256,18 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         output_attentions = default(output_attentions, self.config.output_attentions)
         output_hidden_states = default(output_hidden_states, self.config.output_hidden_states)
         return_dict = default(return_dict, self.config.return_dict)
-        self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states)
-        use_cache = self.is_decoder and bool(default(use_cache, self.config.use_cache))
-        past_key_values = default(cache, past_key_values)
+        self._check_inputs(input_ids, inputs_embeds, attention_mask)
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        batch = inputs_embeds.shape[0]
-        past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids, batch)
+            inputs_embeds = self._embed_tokens(input_ids)
+        if encoder_hidden_states is not None:
+            check_encoder_states(
+                encoder_hidden_states, encoder_attention_mask, encoder_segment_ids, inputs_embeds
+            )
+        use_cache = self.is_decoder and bool(default(use_cache, self.config.use_cache))
+        past_key_values = given_cache(cache, past_key_values)
+        past_key_values = self._prepare_cache(past_key_values, use_cache, segment_ids)
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config, inputs_embeds, encoder_hidden_states)
         past, keys = 0, None
         if past_key_values is not None:
             past = past_key_values.get_seq_length()
@@ -273,32 +322,45 @@ class ConvT5Stack(ConvT5PreTrainedModel):
             )
         return output if return_dict else output.to_tuple()
 
-    def _check_inputs(self, input_ids, inputs_embeds, encoder_hidden_states):
+    def _check_inputs(self, input_ids, inputs_embeds, attention_mask):
         prefix = "decoder_" if self.is_decoder else ""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 f"You must specify exactly one of {prefix}input_ids or {prefix}inputs_embeds"
                 f"{' (or labels)' if self.is_decoder else ''}."
             )
+        check_tensor(f"{prefix}input_ids", input_ids)
+        check_tensor(f"{prefix}inputs_embeds", inputs_embeds)
+        check_tensor(f"{prefix}attention_mask", attention_mask)
         if input_ids is not None:
-            if input_ids.dim() != 2 or input_ids.is_floating_point():
+            if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
                 raise ValueError(
                     f"{prefix}input_ids has shape {tuple(input_ids.shape)} and dtype "
-                    f"{input_ids.dtype}, expected integers of shape (batch, length)."
+                    f"{input_ids.dtype}, expected torch.int64 or torch.int32 of shape (batch, "
+                    "length)."
                 )
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.d_model:
+            return
+        shape, d_model = tuple(inputs_embeds.shape), self.config.d_model
+        if len(shape) != 3 or shape[2] != d_model or not inputs_embeds.is_floating_point():
             raise ValueError(
-                f"{prefix}inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, "
-                f"length, d_model = {self.config.d_model})."
-            )
-        batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
-        if encoder_hidden_states is not None and encoder_hidden_states.shape[0] != batch:
-            raise ValueError(
-                f"The decoder's inputs are a batch of {batch}, the encoder's states one of "
-                f"{encoder_hidden_states.shape[0]}: expected one text of each for every example."
+                f"{prefix}inputs_embeds has shape {shape} and dtype {inputs_embeds.dtype}, "
+                f"expected floating point of shape (batch, length, d_model = {d_model})."
             )
 
-    def _prepare_cache(self, past_key_values, use_cache, segment_ids, batch):
+    def _embed_tokens(self, input_ids):
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:  # looked for only now: a check beforehand would slow a GPU down
+            size = self.embed_tokens.weight.shape[0]
+            wrong = input_ids[(input_ids < 0) | (input_ids >= size)]
+            name = f"{'decoder_' if self.is_decoder else ''}input_ids"
+            raise ValueError(
+                f"{name} holds {int(wrong[0])}, expected 0 to {size - 1}, the tokens of the "
+                "vocabulary. Use the model's own tokenizer, or make room for tokens that you added "
+                "with resize_token_embeddings; -100 belongs in labels only."
+            ) from error
+
+    def _prepare_cache(self, past_key_values, use_cache, segment_ids):
         # `generate` of transformers 4 hands a given cache to the encoder as well.
         if not self.is_decoder or (self.gradient_checkpointing and self.training):
             return None
@@ -306,31 +368,23 @@ class ConvT5Stack(ConvT5PreTrainedModel):
             return new_cache(self.config) if use_cache and segment_ids is None else None
         if segment_ids is not None:
             raise ValueError(
-                "decoder_segment_ids cannot be combined with past_key_values: packed rows are for "
+                f"decoder_segment_ids cannot be combined with {CACHE}: packed rows are for "
                 "training and scoring, decoding takes one example per row."
             )
         if not isinstance(past_key_values, EncoderDecoderCache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, expected what an earlier "
-                "call returned, or EncoderDecoderCache(ConvStateCache(config), DynamicCache())."
+                f"{CACHE} is a {type(past_key_values).__name__}, expected what an earlier call "
+                "returned, or EncoderDecoderCache(ConvStateCache(config), DynamicCache())."
             )
         cache = past_key_values.self_attention_cache
-        kinds = [isinstance(layer, ConvStateLayer) for layer in cache.layers]
-        if kinds != [not isinstance(layer.mixer, ConvT5Attention) for layer in self.layers]:
+        found = [getattr(layer, "state_length", None) for layer in cache.layers]
+        if found != [getattr(layer.mixer, "state_length", None) for layer in self.layers]:
             if cache.get_seq_length() > 0:
                 raise ValueError(
-                    "past_key_values was filled by another model: its layers are not those of "
-                    "this decoder. Pass the cache that this model returned."
+                    f"{CACHE} was filled by another model: its layers are not those of this "
+                    "decoder. Pass the cache that this model returned."
                 )
             past_key_values.self_attention_cache = ConvStateCache(self.config)
-        first = past_key_values.self_attention_cache.layers[0]
-        held = first.conv_state if isinstance(first, ConvStateLayer) else first.keys
-        if held is not None and held.shape[0] != batch:
-            raise ValueError(
-                f"past_key_values was filled by {held.shape[0]} rows, the decoder's inputs are "
-                f"{batch}: both must be the same. To go on with beams or several returns, call "
-                "past_key_values.batch_repeat_interleave(number) first."
-            )
         return past_key_values
 
     def _embed(self, inputs_embeds, masks):
@@ -339,8 +393,10 @@ class ConvT5Stack(ConvT5PreTrainedModel):
         if self.config.position_embeddings is None:
             return inputs_embeds
         positions = masks.positions()
-        # Padding repeats the position of its neighbour, so the length bounds every position.
-        longest, allowed = masks.keys, self.config.max_position_embeddings
+        # Padding repeats the position of its neighbour, so the length bounds every position. What
+        # a static cache will hold is checked before generation.
+        allowed = self.config.max_position_embeddings
+        longest = 0 if torch.is_tensor(masks.past) else masks.past + masks.length
         if longest > allowed:
             raise ValueError(
                 f"A row of {longest} tokens is longer than the position table "

@@ -21,6 +21,8 @@ from .layers_flax_convt5 import (
     FlaxLinear,
     FlaxRMSNorm,
     FlaxTokenMasks,
+    check_encoder_states,
+    check_tensor,
     cross_attention_bias,
     self_attention_bias,
     sinusoids,
@@ -187,9 +189,18 @@ class FlaxConvT5Stack(nnx.Module):
         Returns `hidden_states` as T5 does: the embeddings, every layer's output, and last the
         final norm's. `attentions` has one entry for each layer whose mixer is "attention".
         """
-        self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states, past_key_values)
+        self._check_inputs(input_ids, inputs_embeds, attention_mask)
         if inputs_embeds is None:
-            inputs_embeds = tables[0](input_ids)
+            inputs_embeds = self._embed_tokens(input_ids, tables[0])
+        if encoder_hidden_states is not None:
+            check_encoder_states(
+                encoder_hidden_states, encoder_attention_mask, encoder_segment_ids, inputs_embeds
+            )
+        if past_key_values is not None and not isinstance(past_key_values, FlaxCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, expected what "
+                "`init_cache` or an earlier call returned."
+            )
         past, keys = 0, None
         if past_key_values is not None:
             past, keys = past_key_values.seen, past_key_values.length
@@ -310,44 +321,53 @@ class FlaxConvT5Stack(nnx.Module):
         dtype = encoder_hidden_states.dtype
         return new_cache(self.config, batch_size, max_length, dtype, cross, summary)
 
-    def _check_inputs(self, input_ids, inputs_embeds, encoder_hidden_states, past_key_values):
+    def _check_inputs(self, input_ids, inputs_embeds, attention_mask):
         prefix = "decoder_" if self.is_decoder else ""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 f"You must specify exactly one of {prefix}input_ids or {prefix}inputs_embeds"
                 f"{' (or labels)' if self.is_decoder else ''}."
             )
+        check_tensor(f"{prefix}input_ids", input_ids)
+        check_tensor(f"{prefix}inputs_embeds", inputs_embeds)
+        check_tensor(f"{prefix}attention_mask", attention_mask)
         if input_ids is not None:
             if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
                 raise ValueError(
                     f"{prefix}input_ids has shape {input_ids.shape} and dtype {input_ids.dtype}, "
                     "expected integers of shape (batch, length)."
                 )
-            _check_ids(f"{prefix}input_ids", input_ids, self.config.vocab_size)
-        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.d_model:
+            return
+        shape, d_model = inputs_embeds.shape, self.config.d_model
+        is_float = jnp.issubdtype(inputs_embeds.dtype, jnp.floating)
+        if len(shape) != 3 or shape[2] != d_model or not is_float:
             raise ValueError(
-                f"{prefix}inputs_embeds has shape {inputs_embeds.shape}, expected (batch, length, "
-                f"d_model = {self.config.d_model})."
+                f"{prefix}inputs_embeds has shape {shape} and dtype {inputs_embeds.dtype}, "
+                f"expected floating point of shape (batch, length, d_model = {d_model})."
             )
-        batch = (inputs_embeds if input_ids is None else input_ids).shape[0]
-        if encoder_hidden_states is not None and encoder_hidden_states.shape[0] != batch:
-            raise ValueError(
-                f"The decoder's inputs are a batch of {batch}, the encoder's states one of "
-                f"{encoder_hidden_states.shape[0]}: expected one text of each for every example."
-            )
-        if past_key_values is not None and not isinstance(past_key_values, FlaxCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, expected what "
-                "`init_cache` or an earlier call returned."
-            )
+
+    def _embed_tokens(self, input_ids, table):
+        """Outside of `jit` ids are checked; inside, an id that is no row of the table gives NaN."""
+        size = self.config.vocab_size
+        if not isinstance(input_ids, jax.core.Tracer) and input_ids.size:
+            least, most = int(input_ids.min()), int(input_ids.max())
+            if least < 0 or most >= size:
+                name = f"{'decoder_' if self.is_decoder else ''}input_ids"
+                raise ValueError(
+                    f"{name} holds {least if least < 0 else most}, expected 0 to {size - 1}, the "
+                    "tokens of the vocabulary. Use the model's own tokenizer; -100 belongs in "
+                    "labels only."
+                )
+        return table(input_ids)
 
     def _embed(self, inputs_embeds, masks, positions_table):
         if self.config.scale_embeddings:
             inputs_embeds = inputs_embeds * self.config.d_model**0.5
         if self.config.position_embeddings is None:
             return inputs_embeds
-        # Padding repeats the position of its neighbour, so the length bounds every position.
-        longest, allowed = masks.keys, self.config.max_position_embeddings
+        # Padding repeats the position of its neighbour, so the length bounds every position. What
+        # a cache will hold is checked before generation.
+        longest, allowed = masks.length, self.config.max_position_embeddings
         if longest > allowed:
             raise ValueError(
                 f"A row of {longest} tokens is longer than the position table "
@@ -413,18 +433,6 @@ def repeating_runs(specs: list) -> list[tuple[int, int, int]]:
         runs.append((start, *best))
         start += best[0] * best[1]
     return runs
-
-
-def _check_ids(name, ids, vocab_size):
-    """Outside of `jit` only: inside, an id that is no row of the table gives NaN."""
-    if isinstance(ids, jax.core.Tracer) or ids.size == 0:
-        return
-    least, most = int(ids.min()), int(ids.max())
-    if least < 0 or most >= vocab_size:
-        raise ValueError(
-            f"{name} holds {least if least < 0 else most}, expected ids from 0 to vocab_size - 1 = "
-            f"{vocab_size - 1}: use the tokenizer that belongs to this model."
-        )
 
 
 def _present(weights):
