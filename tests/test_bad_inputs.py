@@ -345,7 +345,7 @@ CACHES = {
     "another batch": (
         {},
         {"input_ids": torch.ones(3, 4).long(), "decoder_input_ids": torch.ones(3, 1).long()},
-        "filled by 2 rows, the decoder's inputs are a batch of 3",
+        "filled by 2 rows, the decoder's inputs are 3",
     ),
     "another text": (
         {},
@@ -430,7 +430,7 @@ GENERATE = {
     "assisted decoding of two texts": ({"prompt_lookup_num_tokens": 3}, "batch"),
     "a static cache that is to be taken back": (
         {"prompt_lookup_num_tokens": 3, "cache_implementation": "static", "inputs": IDS[:1]},
-        "cache_implementation='static' cannot take back",
+        "cache_implementation='static' cannot be combined with assisted",
     ),
     "guidance": ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported"),
     "no temperature": ({"temperature": 0.0, "do_sample": True}, "temperature.*strictly positive"),

@@ -189,8 +189,8 @@ def test_a_step_does_the_same_work_at_every_position(mixer, implementation, cros
         cache = new_static_cache(model.config, 4096, 11) if implementation else None
         call = {"encoder_outputs": encoded, "use_cache": True}
         ids = torch.randint(4, 40, (3, position))
-        cache = model(**call, decoder_input_ids=ids, past_key_values=cache)[CACHE]
-        one = {"decoder_input_ids": torch.full((3, 1), 7), "past_key_values": cache}
+        cache = model(**call, decoder_input_ids=ids, **{CACHE: cache})[CACHE]
+        one = {"decoder_input_ids": torch.full((3, 1), 7), CACHE: cache}
         with Shapes() as shapes:
             model(**call, **one)
             model(**call, **one, decoder_attention_mask=torch.ones(3, 1))

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 
 from modeling_convt5 import FlaxConvT5ForConditionalGeneration, FlaxConvT5ForSequenceClassification
+from modeling_convt5.cache_convt5 import CACHE
 from modeling_convt5.layers_convt5 import relative_position_bucket as torch_bucket
 from modeling_convt5.layers_flax_convt5 import relative_position_bucket
 from modeling_convt5.stacks_flax_convt5 import repeating_runs
@@ -66,10 +67,10 @@ def test_decoding_states_are_pytorchs(name):
                 input_ids=torch.tensor(ids),
                 attention_mask=torch.tensor(mask),
                 decoder_input_ids=torch.tensor(new),
-                past_key_values=past,
+                **{CACHE: past},
                 use_cache=True,
             )
-        past = getattr(output, "cache", None) or output.past_key_values
+        past = output[CACHE]
         twin_output = step(twin, new, cache)
         cache = twin_output.past_key_values
         difference = np.abs(output.logits.numpy() - twin_output.logits).max()
