@@ -2,12 +2,14 @@
 
     python benchmarks/benchmark_model.py
     python benchmarks/benchmark_model.py --what encoder --layers 2 12 --rounds 5
+    python benchmarks/benchmark_model.py --framework flax
 
 Every length has the same number of tokens in a batch. The models of one length are timed in turn,
 round after round in one process, and the tables hold ratios of medians: a load that comes and goes
 weighs on all alike. Memory is the peak of a fresh process for each cell, above what it held when
-the model was built. Results are kept cell by cell in OUTPUT_DIR/model_<hardware>_<date>.json, so an
-interrupted run goes on where it stopped; the tables (.md) and the plot (.png) are drawn from it.
+the model was built; in Flax it is what XLA plans. Results are kept cell by cell in
+OUTPUT_DIR/model_<hardware>_<date>.json (model-flax_...), so an interrupted run goes on where it
+stopped; the tables (.md) and the plot (.png) are drawn from it.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -241,17 +244,29 @@ def run_job(args: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(args.threads)
     part, *rest = json.loads(args.job)
-    measure = {
-        "encoder": measure_encoder,
-        "compiled": lambda *job: measure_encoder(*job, compiled=True),
-        "training": measure_training,
-        "generation": measure_generation,
-        "memory": measure_memory,
-    }[part]
-    print(json.dumps(measure(args, *rest)))
+    measures = flax_side().MEASURES if args.framework == "flax" else MEASURES
+    print(json.dumps(measures[part](args, *rest)))
+
+
+MEASURES = {
+    "encoder": measure_encoder,
+    "compiled": lambda *job: measure_encoder(*job, compiled=True),
+    "training": measure_training,
+    "generation": measure_generation,
+    "memory": measure_memory,
+}
+
+
+def flax_side():
+    """The measurements in Flax, which PyTorch's users need not be able to import."""
+    import benchmark_model_flax
+
+    return benchmark_model_flax
 
 
 def jobs(args: argparse.Namespace) -> list[list]:
+    if args.framework == "flax":
+        return flax_side().jobs(args)
     found = []
     for layers in args.layers:
         if "encoder" in args.what:
@@ -277,14 +292,22 @@ def ratio(baseline: float | None, seconds: float | None) -> str:
     return "T5 out of memory" if baseline is None else f"{baseline / seconds:.2f}"
 
 
-def speed_table(cells: dict, part: str, layers: int, what: str) -> list[str]:
-    """Rows of a table: how many times as fast as T5 sdpa, by length."""
-    others = [name for name in MODELS if name != "T5 sdpa"]
+def contestants(results: dict) -> tuple[tuple[str, ...], str]:
+    """The models of a run and the one that the others are measured against."""
+    if results["settings"]["framework"] == "flax":
+        return flax_side().MODELS, flax_side().BASELINE
+    return MODELS, "T5 sdpa"
+
+
+def speed_table(results: dict, part: str, layers: int, what: str) -> list[str]:
+    """Rows of a table: how many times as fast as T5, by length."""
+    cells, (models, baseline) = results["cells"], contestants(results)
+    others = [name for name in models if name != baseline]
     lines = ["| length | " + " | ".join(others) + " |", "|---|" + "---|" * len(others)]
     for key, cell in cells.items():
         job = json.loads(key)
         if job[:2] == [part, layers] and cell and what in cell:
-            ratios = [ratio(cell[what]["T5 sdpa"], cell[what][name]) for name in others]
+            ratios = [ratio(cell[what][baseline], cell[what][name]) for name in others]
             lines.append(f"| {job[2]:,} | " + " | ".join(ratios) + " |")
     return lines if len(lines) > 2 else []
 
@@ -310,11 +333,16 @@ def report(results: dict) -> str:
     }
     for (part, what), title in titles.items():
         for layers in sorted({json.loads(key)[1] for key in cells}):
-            table = speed_table(cells, part, layers, what)
+            table = speed_table(results, part, layers, what)
             if table:
                 lines += ["", f"## {title}, {layers} layers a stack", ""]
-                lines += ["How many times as fast as T5 with sdpa attention.", "", *table]
-    lines += compiled_gain(cells) + generation_tables(cells) + memory_table(cells)
+                lines += [f"How many times as fast as {contestants(results)[1]}.", "", *table]
+    lines += generation_tables(results)
+    if settings["framework"] == "flax":
+        keyed = {tuple(json.loads(key)): cell for key, cell in cells.items()}
+        lines += flax_memory_table(keyed) + flax_side().extra_tables(keyed)
+    else:
+        lines += compiled_gain(cells) + memory_table(cells)
     return "\n".join(lines) + "\n"
 
 
@@ -332,7 +360,8 @@ def compiled_gain(cells: dict) -> list[str]:
     return ["", "## What compiling gains: eager time / compiled time, forward", "", *head, *lines]
 
 
-def generation_tables(cells: dict) -> list[str]:
+def generation_tables(results: dict) -> list[str]:
+    cells, (_, name_of_baseline) = results["cells"], contestants(results)
     cell = next((c for key, c in cells.items() if json.loads(key)[0] == "generation"), None)
     if not cell:
         return []
@@ -345,8 +374,8 @@ def generation_tables(cells: dict) -> list[str]:
         early, late = (1000 * times[position] for position in ("32", "2048"))
         lines.append(f"| {name} | {early:.2f} | {late:.2f} | {late / early:.3f} |")
     lines += ["", "`alone`: no cross-attention.", "", "## Greedy generation, batch 8", ""]
-    lines += ["| model | tokens a second | times T5 sdpa |", "|---|---|---|"]
-    baseline = cell["throughput"]["T5 sdpa"]
+    lines += [f"| model | tokens a second | times {name_of_baseline} |", "|---|---|---|"]
+    baseline = cell["throughput"][name_of_baseline]
     for name, speed in cell["throughput"].items():
         lines.append(f"| {name} | {speed:.0f} | {speed / baseline:.2f} |")
     return lines
@@ -375,34 +404,49 @@ def memory_table(cells: dict) -> list[str]:
     return lines
 
 
+def flax_memory_table(cells: dict) -> list[str]:
+    lines = []
+    for what in ("forward", "forward+backward"):
+        rows = [(job[2], cell[what]) for job, cell in cells.items() if job[0] == "memory" and cell]
+        if rows:
+            models = list(rows[0][1])
+            lines += ["", f"## What XLA plans for the encoder, {what}, MB", ""]
+            lines += ["| length | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+        for length, cell in rows:
+            lines.append(f"| {length:,} | " + " | ".join(f"{cell[m]:,.0f}" for m in models) + " |")
+    return lines
+
+
 def plot(results: dict, path: Path) -> None:
-    """Speed against T5 sdpa, and memory, by length."""
+    """Speed against T5, and memory, by length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     cells = {tuple(json.loads(key)): cell for key, cell in results["cells"].items() if cell}
-    layers = min(job[1] for job in cells)
+    models, baseline = contestants(results)
+    flax = results["settings"]["framework"] == "flax"
+    layers = min(job[1] for job in cells if job[0] in ("encoder", "memory"))
     panels = [("encoder", "forward"), ("encoder", "forward+backward"), ("memory", False)]
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for axis, (part, what) in zip(axes, panels, strict=True):
-        for name in MODELS:
+        for name in models:
             points = []
             for job, cell in cells.items():
-                if part == "memory" and job[0] == part and job[3:] == (name, what):
-                    points.append((job[2], cell))
+                if part == job[0] == "memory" and (flax or job[3:] == (name, what)):
+                    points.append((job[2], cell["forward"][name] if flax else cell))
                 elif part == job[0] == "encoder" and job[1] == layers:
                     times = cell[what]
-                    if times[name] and times["T5 sdpa"]:
-                        points.append((job[2], times["T5 sdpa"] / times[name]))
+                    if times[name] and times[baseline]:
+                        points.append((job[2], times[baseline] / times[name]))
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2 if part != "memory" else 10)
         axis.set_xlabel("length, tokens")
         title = {"memory": "encoder, forward: peak memory, MB"}
-        axis.set_title(title.get(part, f"encoder, {what}: speed relative to T5 sdpa"))
+        axis.set_title(title.get(part, f"encoder, {what}: speed relative to {baseline}"))
         axis.grid(alpha=0.3)
     axes[0].legend()
     temporary = path.with_suffix(".tmp.png")
@@ -412,7 +456,7 @@ def plot(results: dict, path: Path) -> None:
 
 def forwarded(args: argparse.Namespace) -> list[str]:
     """The arguments that a measurement in a fresh process needs."""
-    names = ("d_model", "tokens", "rounds", "steps", "threads")
+    names = ("framework", "d_model", "tokens", "rounds", "steps", "threads")
     return [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
 
 
@@ -421,7 +465,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, lengths = parser.add_argument, [64, 128, 512, 2048, 4096, 8192]
-    add("--what", nargs="+", choices=PARTS, default=list(PARTS), help="default: everything")
+    add("--framework", choices=["torch", "flax"], default="torch", help="default: torch")
+    add("--what", nargs="+", help="parts, default: all of them")
     add("--layers", type=int, nargs="+", default=[2], help="layers of a stack (default: 2)")
     add("--lengths", type=int, nargs="+", default=lengths, help="default: 64 ... 8192")
     add("--memory_lengths", type=int, nargs="*", default=[16384, 32768, 65536], help="forward only")
@@ -434,6 +479,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="measure again what the day's results hold")
     add("--job", help=argparse.SUPPRESS)  # one measurement, in a process of its own
     args = parser.parse_args(arguments)
+    parts = flax_side().PARTS if args.framework == "flax" else PARTS
+    args.what = args.what or list(parts)
+    for part in args.what:
+        if part not in parts:
+            parser.error(f"--what {part}: expected some of {', '.join(parts)}.")
     if args.d_model % 64:
         parser.error(f"--d_model {args.d_model}: expected a multiple of 64, the size of a head.")
     for name in ("layers", "lengths", "tokens", "rounds", "steps", "threads", "d_model"):
@@ -450,7 +500,8 @@ def main(arguments: list[str]) -> None:
         return
     hardware, today = processor(), date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    path = args.output_dir / f"model_{slug}_{today}.json"
+    model = "model" if args.framework == "torch" else "model-flax"
+    path = args.output_dir / f"{model}_{slug}_{today}.json"
     results = {
         "command": shlex.join(["python", "benchmarks/benchmark_model.py", *arguments]),
         "date": today,
@@ -459,8 +510,12 @@ def main(arguments: list[str]) -> None:
             ("Python", platform.python_version()),
             ("PyTorch", torch.__version__),
             ("transformers", transformers.__version__),
+            *((name, version(name)) for name in ("jax", "flax") if args.framework == "flax"),
         ],
-        "settings": {k: getattr(args, k) for k in ("d_model", "tokens", "rounds", "threads")},
+        "settings": {
+            key: getattr(args, key)
+            for key in ("framework", "d_model", "tokens", "rounds", "threads")
+        },
         "cells": {},
     }
     if path.exists() and not args.overwrite:

@@ -157,7 +157,8 @@ def differences(model, twin, inputs: dict[str, np.ndarray]) -> dict[str, float]:
         loss = getattr(outputs, "loss", None)
         return (_objective(outputs) if loss is None else loss), outputs
 
-    (_, twin_outputs), twin_gradients = jax.value_and_grad(function, has_aux=True)(state)
+    evaluate = jax.jit(jax.value_and_grad(function, has_aux=True))
+    (_, twin_outputs), twin_gradients = evaluate(state)
     found = {"output": 0.0, "relative output": 0.0, "gradient": 0.0}
     for name in outputs.keys():
         if name in ("past_key_values", "cache"):
@@ -179,9 +180,10 @@ def differences(model, twin, inputs: dict[str, np.ndarray]) -> dict[str, float]:
             assert not twin_gradient.any(), name
             continue
         gradient = gradients[name].double().numpy()
-        # A gradient that is zero but for rounding (a bias before a softmax) has no largest entry.
-        largest = max(np.abs(gradient).max(), 1e-6 * steepest)
-        difference = np.abs(gradient - twin_gradient).max() / largest
+        # One that is zero but for rounding (a bias before a softmax) is held to the steepest.
+        largest = np.abs(gradient).max()
+        scale = largest if largest > 1e-5 * steepest else steepest
+        difference = np.abs(gradient - twin_gradient).max() / scale
         found["gradient"] = max(found["gradient"], difference)
     return found
 

@@ -65,3 +65,15 @@ def test_model_benchmark_measures_reports_and_goes_on(tmp_path):
     assert "1 cells are kept" in again.stdout
     wrong = subprocess.run([*command[:-1], "--d_model", "65"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--d_model 65: expected a multiple of 64" in wrong.stderr
+
+
+def test_the_flax_benchmark_measures_and_reports(tmp_path):
+    sizes = "--layers 1 --lengths 16 --d_model 64 --tokens 32 --rounds 1 --threads 1".split()
+    command = [sys.executable, ROOT / "benchmarks" / "benchmark_model.py", *sizes]
+    command += ["--framework", "flax", "--output_dir", tmp_path, "--what"]
+    run = subprocess.run([*command, "encoder", "memory"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (page,) = tmp_path.glob("model-flax_*.md")
+    assert "as fast as T5" in page.read_text() and "What XLA plans" in page.read_text()
+    wrong = subprocess.run([*command, "compiled"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--what compiled: expected some of" in wrong.stderr
