@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# XLA compiles many small programs here, each run once: optimising them takes longer than they do.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Remote code is copied here, not into the user's own cache.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="convt5-tests-")
 

@@ -101,7 +101,7 @@ def test_saving_again_leaves_no_stale_shard(tmp_path):
     twin.save_pretrained(tmp_path, max_shard_size="8KB")
     assert not (tmp_path / "model.safetensors").exists()
     twin.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.glob("model*safetensors*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

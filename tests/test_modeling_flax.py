@@ -88,7 +88,7 @@ def test_decoding_states_are_pytorchs(name):
 def test_relative_positions_have_t5s_buckets():
     distance = np.arange(-3000, 3000)
     for bidirectional in (True, False):
-        for buckets, longest in ((32, 128), (8, 20), (64, 1000), (4, 2)):
+        for buckets, longest in ((32, 128), (8, 20), (64, 1000), (4, 3)):
             expected = torch_bucket(torch.tensor(distance), bidirectional, buckets, longest)
             actual = relative_position_bucket(
                 jnp.asarray(distance), bidirectional, buckets, longest
@@ -113,6 +113,7 @@ def _loss(graphdef, state, inputs, dropout_rng=None):
 
 DEEP = {
     "num_layers": 5,
+    "num_decoder_layers": 2,
     "encoder_mixers": ["lightweight", "attention"] * 2 + ["dynamic"],
     "decoder_mixers": "dynamic",
     "dropout_rate": 0.1,
@@ -227,7 +228,11 @@ BAD_INPUTS = {
     "floats": ({"input_ids": IDS * 1.0, "labels": IDS}, ValueError, "expected integers"),
     "one row": ({"input_ids": IDS[0], "labels": IDS}, ValueError, r"shape \(5,\)"),
     "no tokens": ({"input_ids": IDS[:, :0], "labels": IDS}, ValueError, "length 0"),
-    "foreign ids": ({"input_ids": IDS + 60, "labels": IDS}, ValueError, "vocab_size - 1 = 59"),
+    "foreign ids": (
+        {"input_ids": IDS + 60, "labels": IDS},
+        ValueError,
+        "input_ids holds 71, expected 0 to 59",
+    ),
     "negative ids": ({"input_ids": IDS - 9, "labels": IDS}, ValueError, "input_ids holds -7"),
     "mask": (
         {"input_ids": IDS, "attention_mask": np.ones((2, 4)), "labels": IDS},

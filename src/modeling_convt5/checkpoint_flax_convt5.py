@@ -55,7 +55,10 @@ CODE = (
 
 
 def named_parameters(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Variable]]:
-    """(key, parameter) pairs in PyTorch's order: a module's own, then its children's."""
+    """(key, parameter) pairs: a module's own, then its children's.
+
+    On a model just built the order is PyTorch's; `nnx.merge` puts names in alphabetical order.
+    """
     children = []
     items = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
     for name, value in items:
@@ -115,8 +118,7 @@ class FlaxCheckpointMixin:
         )
         config = _config(cls, folder, config_overrides)
         files = WeightFiles(folder, tied_keys(config))
-        if param_dtype is None:
-            param_dtype = _stored_dtype(config, files)
+        param_dtype = jnp.dtype(param_dtype or _stored_dtype(config, files))
         options = {
             "dtype": dtype,
             "param_dtype": param_dtype,
@@ -173,7 +175,8 @@ class FlaxCheckpointMixin:
         folder = Path(save_directory)
         if folder.is_file():
             raise FileExistsError(f"{folder} is a file: save_pretrained writes a folder.")
-        parameters = dict(named_parameters(self))
+        unordered = dict(named_parameters(self))
+        parameters = {key: unordered[key] for key in self._parameter_order()}
         shapes = {key: (tuple(v.shape), np.dtype(v.dtype)) for key, v in parameters.items()}
         first = jax.process_index() == 0
         if first:
@@ -203,6 +206,18 @@ class FlaxCheckpointMixin:
     def num_parameters(self) -> int:
         """Number of parameters, shared ones counted once."""
         return sum(int(np.prod(v.shape, dtype=np.int64)) for _, v in named_parameters(self))
+
+    def _parameter_order(self):
+        """The keys in the order in which PyTorch has them, and fills shards."""
+        order = []
+
+        def build():
+            model = type(self)(self.config)
+            order.extend(key for key, _ in named_parameters(model))
+            return model
+
+        nnx.eval_shape(build)
+        return order
 
     def _save_config(self, folder):
         config = type(self.config).from_dict(self.config.to_dict())
@@ -254,8 +269,8 @@ def _stored_dtype(config, files):
     """The dtype in config.json; failing that, the file's."""
     named = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
     if named in FLOATS.values():
-        return jnp.dtype(named)
-    return jnp.dtype(FLOATS.get(next(iter(files.dtypes.values()), "F32"), "float32"))
+        return named
+    return FLOATS.get(next(iter(files.dtypes.values()), "F32"), "float32")
 
 
 def _initial(build, keys, shardings):

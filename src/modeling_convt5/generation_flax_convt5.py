@@ -191,7 +191,7 @@ class FlaxGenerationMixin:
 
         Args:
             input_ids: (B, L) integers.
-            attention_mask: (B, L), 0 for padding; None: wherever `input_ids` is not padding.
+            attention_mask: (B, L), 0 for padding; None: all are tokens, as transformers 5 has it.
             decoder_input_ids: (B, P), how each result begins; without the start token it is put
                 in front.
             max_new_tokens: the most tokens to generate (20 unless `max_length` says otherwise).
@@ -224,10 +224,10 @@ class FlaxGenerationMixin:
         if input_ids.size == 0:
             raise ValueError(f"generate: input_ids has shape {input_ids.shape}, pass some tokens.")
         prompt = self._prompt(decoder_input_ids, input_ids.shape[0], settings)
-        attention_mask = self._mask(input_ids, attention_mask, settings)
+        attention_mask = self._mask(input_ids, attention_mask)
         new = _new_tokens(settings, prompt.shape[1])
         self._check_positions(prompt.shape[1] + new)
-        input_ids, attention_mask = self._rounded(input_ids, attention_mask, settings)
+        input_ids, attention_mask = self._rounded(input_ids, attention_mask)
         numbers = (settings.temperature, settings.top_p, settings.length_penalty)
         static = replace(settings, temperature=1.0, top_p=1.0 if settings.top_p == 1 else 0.5)
         static = replace(static, length_penalty=1.0, max_new_tokens=new, others="{}")
@@ -266,7 +266,7 @@ class FlaxGenerationMixin:
             prompt = jnp.pad(prompt, ((0, 0), (1, 0)), constant_values=start)
         return prompt
 
-    def _mask(self, input_ids, attention_mask, settings):
+    def _mask(self, input_ids, attention_mask):
         if attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
             if attention_mask.shape != input_ids.shape:
@@ -275,10 +275,7 @@ class FlaxGenerationMixin:
                     f"input_ids, {input_ids.shape}: one entry per token, 0 for padding."
                 )
             return attention_mask
-        pad = settings.pad_token_id
-        if pad is None or pad in settings.ends:
-            return jnp.ones_like(input_ids)
-        return (input_ids != pad).astype(jnp.int32)
+        return jnp.ones_like(input_ids)
 
     def _check_positions(self, length):
         config = self.config
@@ -288,7 +285,7 @@ class FlaxGenerationMixin:
                 f"(max_position_embeddings={config.max_position_embeddings}). Lower max_new_tokens."
             )
 
-    def _rounded(self, input_ids, attention_mask, settings):
+    def _rounded(self, input_ids, attention_mask):
         """Padded to a multiple of 32 tokens: what padding holds changes nothing."""
         length = input_ids.shape[1]
         rounded = -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
