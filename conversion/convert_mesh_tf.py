@@ -63,6 +63,12 @@ class Conversion:
     gin_file: Path | None
 
     @property
+    def left_out(self) -> list[str]:
+        """The variables that no weight is made of."""
+        used = {name for entry in self.entries for name in entry.variables}
+        return [name for name in self.checkpoint.variables if name not in used]
+
+    @property
     def inputs(self) -> list[Path]:
         return self.checkpoint.files + ([self.gin_file] if self.gin_file else [])
 
@@ -133,12 +139,15 @@ def convert(
                     "with the higher ids cannot be fed. It belongs to another model."
                 )
         with tqdm(
-            total=sum(len(entry.variables) for entry in source.entries),
+            total=len(source.checkpoint.variables),
             desc="converting",
             unit="variable",
             disable=None if progress is None else not progress,
         ) as bar:
             write_weights(folder, [_weight(source, entry, bar) for entry in source.entries], dtype)
+            for name in source.left_out:  # a file that is damaged there may be so elsewhere
+                source.checkpoint.read(name)
+                bar.update()
         seconds = time.perf_counter() - start
         parities = _verify(source, folder) if verified else []
         card = _card(source, inputs, dtype, parities)

@@ -136,9 +136,12 @@ class _Inference:
 
     def _sizes(self):
         for stack in STACKS:
-            self._agree(
-                f"{stack}'s d_model", self._d_model, self._get(stack, "Unitransformer", "d_model")
-            )
+            for function, parameter in (
+                ("Unitransformer", "d_model"),
+                (CONVOLUTION, "output_size"),
+            ):
+                size = self._get(stack, function, parameter)
+                self._agree(f"{stack}'s {parameter}", self._d_model, size)
         layers = self.names.layers
         return {
             "num_layers": len(layers["encoder"]),
@@ -242,6 +245,13 @@ class _Inference:
         inner = self._size(f"{scopes['decoder'][0]}/q", 2, 1)
         heads = self._heads(inner, [stack for stack in STACKS if scopes[stack]])
         fields = {"num_heads": heads, "d_kv": inner // heads, "cross_attention": _one(cross)}
+        for stack in STACKS:
+            attends = any(self._attends(layer) for layer in layers[stack])
+            if attends and self.names.relative_bias[stack] is None:
+                kind = self._get(stack, ATTENTION, "relative_attention_type")
+                self._agree(f"{stack}'s relative_attention_type", None, kind)
+                if self.gin is None:
+                    self.assumed.append(f"no relative positions in the {stack}'s attention")
         buckets = {
             stack: self._size(name, 2, 1)
             for stack, name in self.names.relative_bias.items()

@@ -130,12 +130,12 @@ def write_tokenizer(folder: Path, tokenizer: Path) -> int:
     shutil.copyfile(tokenizer, folder / "spiece.model")
     try:
         made = T5TokenizerFast.from_pretrained(folder)
+        made.save_pretrained(folder)
     except Exception as error:  # transformers, tokenizers and protobuf raise what they like
         raise OutputError(
-            f"{tokenizer}: is not a SentencePiece model that T5's tokenizer can read ({error}). "
-            "T5's own is called spiece.model or sentencepiece.model."
+            f"{tokenizer}: is not a SentencePiece model from which T5's tokenizer can be made "
+            f"({error}). T5's own is called spiece.model or sentencepiece.model."
         ) from error
-    made.save_pretrained(folder)
     return len(made)
 
 

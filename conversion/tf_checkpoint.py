@@ -262,8 +262,9 @@ def _read_table(path: Path) -> Iterator[tuple[bytes, bytes]]:
             "copy it again from its source."
         )
     handles = _Parser(path, data, footer, footer + 40)
-    handles.varint(), handles.varint()  # the block of meta data, which TensorFlow leaves empty
-    index_block = handles.varint(), handles.varint()
+    meta_block, index_block = [(handles.varint(), handles.varint()) for _ in range(2)]
+    for _ in _read_block(path, data, *meta_block):  # which TensorFlow leaves empty
+        pass
     seen = set()
     for _, handle in _read_block(path, data, *index_block):
         position = _Parser(path, *handle)

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .mesh_tf_names import read_names
 from .tf_checkpoint import Checkpoint, find_checkpoint
 
 # Of float32: 170 roundings of numbers of order 1. The original sums in another order.
@@ -347,19 +348,27 @@ class _MeshModel:
             stack: shapes.get(f"{stack}/embedding", shapes.get("shared/embedding"))[0]
             for stack in ("encoder", "decoder")
         }
+        self.kernel_sizes = set(read_names(shapes).taps.values())
 
     def outputs(self, inputs, targets, decode_length):
         teacher_forced = self._run(inputs, targets, self._teacher_forced)
         incremental = self._run(inputs, targets, self._incremental)
-        decoded = self._run(inputs, targets, lambda *args: self._greedy(*args, decode_length))
+        longer = self._possible(decode_length)
+        decoded = self._run(inputs, targets, lambda *args: self._greedy(*args, longer))
         return {
             "inputs": inputs,
             "targets": targets,
             "encoder_output": teacher_forced[0],
             "logits": teacher_forced[1],
             "incremental_logits": np.stack(incremental, axis=1),
-            "greedy_ids": decoded[0],
+            "greedy_ids": decoded[0][:, :decode_length],
         }
+
+    def _possible(self, length):
+        """A length in which Mesh-TensorFlow can decode: it mistakes one of K for the K inputs."""
+        while length in self.kernel_sizes:
+            length += 1
+        return length
 
     def _run(self, inputs, targets, build):
         """The values of the tensors that `build(model, inputs, targets)` returns."""
@@ -419,12 +428,12 @@ class _MeshModel:
         so that each step's logits can be taken out of it.
         """
         mtf, logits = self.mtf, []
-        steps = iter(range(targets.shape.dims[1].size))
         columns = mtf.unstack(targets, targets.shape.dims[1])
+        tokens = iter(columns)
 
         def forced(step_logits, *args, **kwargs):
             logits.append(step_logits)
-            return columns[next(steps)]
+            return next(tokens)
 
         def unrolled(condition, body, state):
             for _ in columns:
@@ -435,7 +444,7 @@ class _MeshModel:
             _replaced(mtf, "sample_with_temperature", forced),
             _replaced(mtf, "while_loop", unrolled),
         ):
-            model.decode(inputs, max_decode_length=len(columns))
+            model.decode(inputs, max_decode_length=self._possible(len(columns)))
         return logits
 
 

@@ -202,6 +202,9 @@ class MeshModel:
             "DenseReluDense.use_bias": self.ffn_bias,
             "LayerStack.dropout_rate": self.dropout if self.legacy else None,
             "LayerStack.norm_epsilon": 1e-6 if self.legacy else None,
+            "LayerStack.sublayers_initial": "[@transformer.sublayer_dropout]",
+            "LayerStack.sublayers_final": "[@transformer.sublayer_rms_norm, "
+            "@transformer.sublayer_dropout]",
             "LayerStack.sublayers_per_layer": "[@transformer.sublayer_rms_norm, "
             "@transformer.sublayer_call_layer, @transformer.sublayer_dropout, "
             "@transformer.sublayer_residual]",
@@ -221,6 +224,7 @@ class MeshModel:
                 "'bias_shared'" if self.relative else None
             )
         if "conv" in self.block[stack]:
+            settings["LocalConvAttnBlock.output_size"] = "%d_model"
             settings["LocalConvAttnBlock.activation"] = repr(self.conv_activation)
             settings["LocalConvAttnBlock.attention_type"] = repr(self.kind[stack] + "_conv")
             settings["LocalConvAttnBlock.min_relative_pos"] = first

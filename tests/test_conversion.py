@@ -74,6 +74,10 @@ BROKEN = {
         lambda c: damage(c, FIRST_DATA, at=50),
         r"data-00000-of-00002: bytes \d+ to \d+ \(.+\) do not match their checksum",
     ),
+    "a slot damaged": (
+        lambda c: damage(c, FIRST_DATA, at=-3),
+        r"data-00000-of-00002: bytes \d+ to \d+ \(.+_slot_v\) do not match their checksum",
+    ),
     "data missing": (
         lambda c: (c / f"model.ckpt-1000.{FIRST_DATA}").unlink(),
         r"these are missing: model.ckpt-1000.data-00000-of-00002",

@@ -127,13 +127,8 @@ def test_every_flipped_byte_of_an_index_is_noticed(tmp_path):
         path.write_bytes(damaged)
         if at in padding:
             continue
-        try:
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
             Checkpoint(tmp_path / "x")
-        except CheckpointError as error:
-            assert str(path) in str(error)
-        else:
-            # The block of meta data is not read; it lies before the index's index.
-            assert whole[at : at + 1] in (b"\0", b"\1") or at > len(whole) - 120, at
 
 
 def test_an_index_cut_off_anywhere_is_named_with_an_offset(tmp_path):
