@@ -7,7 +7,8 @@ those of operative_config.gin where that lies beside the checkpoint. One weight 
 memory, and what is written goes to FOLDER only when all of it is there.
 
 Exit codes: 0 done; 1 --verify found a difference above the tolerance, nothing was written; 2 the
-checkpoint cannot be converted or FOLDER cannot be written, nothing was written; 130 interrupted.
+checkpoint cannot be converted or FOLDER cannot be written, nothing was written (or --push_to_hub
+failed afterwards, and FOLDER is there); 130 interrupted, nothing was written.
 """
 
 import argparse
@@ -337,7 +338,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(report)
     if arguments.push_to_hub:
-        print(f"uploaded to {push_to_hub(Path(arguments.output), arguments.push_to_hub)}")
+        try:
+            address = push_to_hub(Path(arguments.output), arguments.push_to_hub)
+        except Exception as error:  # the Hub's client raises those of its HTTP library, too
+            print(f"error: {arguments.output} was written, not uploaded: {error}", file=sys.stderr)
+            return 2
+        print(f"uploaded to {address}")
     return 0
 
 

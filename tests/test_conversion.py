@@ -421,6 +421,9 @@ def test_pushing_uploads_the_finished_folder(checkpoint, tmp_path, monkeypatch, 
     output = tmp_path / "model"
     assert command(capsys, checkpoint, output, "--push_to_hub", "me/it")[0] == 0
     assert calls == ["me/it", sorted(path.name for path in output.iterdir())]
+    monkeypatch.setattr(Api, "create_repo", lambda *args, **options: 1 / 0)
+    code, error = command(capsys, checkpoint, output, "--overwrite", "--push_to_hub", "me/it")
+    assert code == 2 and "was written, not uploaded: division" in error
 
 
 def test_help_names_options_and_exit_codes():
