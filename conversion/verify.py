@@ -21,6 +21,7 @@ Shapes: B batch, L input length, M target length, D d_model, V vocabulary.
 import argparse
 import contextlib
 import importlib.util
+import json
 import re
 import sys
 import tempfile
@@ -80,7 +81,7 @@ class Parity:
 def verify(
     checkpoint: str | Path,
     folder: str | Path,
-    frameworks: tuple[str, ...] = ("pytorch",),
+    frameworks: list[str] | None = None,
     tolerance: float | None = None,
 ) -> list[Parity]:
     """Compare a converted model with every original there is: the graph itself, a reference file.
@@ -88,7 +89,7 @@ def verify(
     Args:
         checkpoint: what was converted, as `find_checkpoint` takes it.
         folder: what it was converted into.
-        frameworks: of "pytorch" and "flax".
+        frameworks: of "pytorch" and "flax"; None is all that are installed.
         tolerance: as in `compare`.
 
     Raises:
@@ -109,7 +110,7 @@ def verify(
     return [
         compare(folder, outputs, source, framework, tolerance, name)
         for source, outputs in originals.items()
-        for framework in frameworks
+        for framework in frameworks or installed_frameworks()
     ]
 
 
@@ -197,7 +198,7 @@ def compare(
     if missing:
         raise VerificationError(f"{reference}: lacks {', '.join(missing)}.")
     own = model_outputs(folder, outputs, framework)
-    dtype = own.pop("dtype")
+    dtype = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["dtype"]
     is_input, is_target = outputs["inputs"] != 0, outputs["targets"] != 0
     places = {"encoder_output": is_input, "logits": is_target, "incremental_logits": slice(None)}
     differences = {}
@@ -251,7 +252,7 @@ def _kl_divergence(expected, found):
 def model_outputs(
     folder: str | Path, outputs: dict[str, np.ndarray], framework: str = "pytorch"
 ) -> dict[str, np.ndarray]:
-    """What the converted model computes from a reference's inputs and targets; and its "dtype"."""
+    """What the converted model computes, in float32, from a reference's inputs and targets."""
     load, tensor, array = _FRAMEWORKS[framework]()
     inputs, targets = outputs["inputs"], outputs["targets"]
     shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
@@ -263,16 +264,15 @@ def model_outputs(
         ("logits", True, forced),
         ("incremental_logits", False, shifted),
     ):
-        model, dtype = load(folder, mask_decoder_start=masked)
+        model = load(folder, mask_decoder_start=masked)
         output = model(**given, decoder_input_ids=tensor(decoder_inputs))
         result[key] = array(output.logits)
         result["encoder_output"] = array(output.encoder_last_hidden_state)
     length = outputs["greedy_ids"].shape[1]
-    model, dtype = load(folder)
-    generated = array(model.generate(**given, max_new_tokens=length))[:, 1:]
+    generated = array(load(folder).generate(**given, max_new_tokens=length))[:, 1:]
     ids = np.zeros((len(inputs), length), generated.dtype)
     ids[:, : generated.shape[1]] = generated
-    return {**result, "greedy_ids": ids, "dtype": dtype}
+    return {**result, "greedy_ids": ids}
 
 
 def _pytorch():
@@ -281,8 +281,8 @@ def _pytorch():
     from modeling_convt5 import ConvT5ForConditionalGeneration
 
     def load(folder, **options):
-        model = ConvT5ForConditionalGeneration.from_pretrained(folder, **options).eval()
-        return model.float(), str(model.config.dtype).removeprefix("torch.")
+        options["dtype"] = torch.float32
+        return ConvT5ForConditionalGeneration.from_pretrained(folder, **options).eval()
 
     def tensor(array):
         return torch.from_numpy(np.ascontiguousarray(array)).long()
@@ -295,11 +295,12 @@ def _pytorch():
 
 def _flax():
     import jax.numpy as jnp
-    from modeling_convt5.modeling_flax_convt5 import FlaxConvT5ForConditionalGeneration
+
+    from modeling_convt5 import FlaxConvT5ForConditionalGeneration
 
     def load(folder, **options):
-        model = FlaxConvT5ForConditionalGeneration.from_pretrained(folder, **options)
-        return model, str(model.config.dtype)
+        options["param_dtype"] = jnp.float32
+        return FlaxConvT5ForConditionalGeneration.from_pretrained(folder, **options)
 
     def tensor(array):
         return jnp.asarray(array, jnp.int32)
@@ -308,6 +309,12 @@ def _flax():
 
 
 _FRAMEWORKS = {"pytorch": _pytorch, "flax": _flax}
+
+
+def installed_frameworks() -> list[str]:
+    """The frameworks that a converted model can be run in here."""
+    modules = {"pytorch": "torch", "flax": "flax"}
+    return [name for name in _FRAMEWORKS if importlib.util.find_spec(modules[name])]
 
 
 # --- the original ---------------------------------------------------------------------------------
@@ -512,8 +519,7 @@ def _arguments(argv):
         "--framework",
         nargs="+",
         choices=_FRAMEWORKS,
-        default=["pytorch"],
-        help="which of the model's implementations to run (default: pytorch)",
+        help="which of the model's implementations to run (default: all that are installed)",
     )
     parser.add_argument(
         "--tolerance",
@@ -542,7 +548,7 @@ def main(argv: list[str] | None = None) -> int:
                     from .convert_mesh_tf import convert
 
                     convert(checkpoint, folder, progress=None)
-                settings = tuple(arguments.framework), arguments.tolerance
+                settings = arguments.framework, arguments.tolerance
                 parities += verify(checkpoint, folder, *settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -439,11 +439,17 @@ def test_help_names_options_and_exit_codes():
         assert "Exit codes: 0" in result.stdout
 
 
+def only_the_file(monkeypatch):
+    """As where neither Mesh-TensorFlow nor Flax is installed: Flax compiles each model anew."""
+    monkeypatch.setattr(verify, "mesh_tensorflow_is_installed", lambda: False)
+    monkeypatch.setattr(verify, "installed_frameworks", lambda: ["pytorch"])
+
+
 # --- verification ---------------------------------------------------------------------------------
 
 
 def test_verify_compares_with_a_reference_file(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "mesh_tensorflow_is_installed", lambda: False)
+    only_the_file(monkeypatch)
     code, error = command(capsys, checkpoint, tmp_path / "model", "--verify")
     assert code == 2 and "there is nothing to compare with" in error
     outputs = reference_outputs(MeshModel(), MeshModel().random_variables())
@@ -456,7 +462,7 @@ def test_verify_compares_with_a_reference_file(checkpoint, tmp_path, capsys, mon
 
 
 def test_verify_finds_what_differs(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "mesh_tensorflow_is_installed", lambda: False)
+    only_the_file(monkeypatch)
     outputs = reference_outputs(MeshModel(), MeshModel().random_variables())
     wrong = {
         "encoder_output": {"encoder_output": outputs["encoder_output"] + 2e-5},
@@ -479,7 +485,7 @@ def test_verify_finds_what_differs(checkpoint, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_a_reference_that_does_not_fit(change, said, checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "mesh_tensorflow_is_installed", lambda: False)
+    only_the_file(monkeypatch)
     outputs = reference_outputs(MeshModel(), MeshModel().random_variables())
     change(outputs)
     np.savez(checkpoint / "reference.npz", **outputs)

@@ -118,14 +118,27 @@ def reference_outputs(model, variables, length=8):
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_converted_model_computes_what_the_original_does(name, tmp_path):
+# In Flax every model is compiled anew, so most of them are left to the slow tests.
+IN_FLAX = {"both kinds", "strided in one stack", "two position tables", "mixed stacks"}
+
+
+@pytest.mark.parametrize(
+    "framework, name",
+    [("pytorch", name) for name in MODELS]
+    + [("flax", name) for name in sorted(IN_FLAX)]
+    + [
+        pytest.param("flax", name, marks=pytest.mark.slow) for name in MODELS if name not in IN_FLAX
+    ],
+)
+def test_a_converted_model_computes_what_the_original_does(framework, name, tmp_path):
+    if framework == "flax":
+        pytest.importorskip("flax", reason="Flax is not installed")
     model = MODELS[name]
     variables = model.random_variables()
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
     convert(checkpoint, tmp_path / "model", progress=False)
     outputs = reference_outputs(model, variables)
-    parity = verify.compare(tmp_path / "model", outputs, "NumPy", tolerance=MESH_TF)
+    parity = verify.compare(tmp_path / "model", outputs, "NumPy", framework, MESH_TF)
     assert parity.passed, verify.markdown([parity])
     assert parity.wrong_tokens == 0 and max(parity.divergences) < 1e-9
 
@@ -250,10 +263,13 @@ def _real_checkpoints():
     ]
 
 
+@pytest.mark.parametrize("framework", ["pytorch", "flax"])
 @pytest.mark.parametrize("checkpoint", _real_checkpoints())
-def test_a_real_checkpoint_computes_what_the_real_run_did(checkpoint, tmp_path):
+def test_a_real_checkpoint_computes_what_the_real_run_did(checkpoint, framework, tmp_path):
+    if framework == "flax":
+        pytest.importorskip("flax", reason="Flax is not installed")
     convert(checkpoint, tmp_path / "model", progress=False)
     with np.load(checkpoint / "reference.npz") as file:
-        parity = verify.compare(tmp_path / "model", dict(file), "reference.npz")
+        parity = verify.compare(tmp_path / "model", dict(file), "reference.npz", framework)
     assert parity.tolerance == MESH_TF
     assert parity.passed and parity.wrong_tokens == 0, verify.markdown([parity])
