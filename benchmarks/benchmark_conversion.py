@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> None:
         reading = measure_reading(prefix)
         conversion = measure_conversion(prefix.parent, Path(scratch) / "model")
     results = {
-        "command": command.replace(str(args.scratch), "DIR"),
+        "command": command.replace(str(args.scratch), "DIR").replace(str(args.output_dir), "DIR2"),
         "date": str(date.today()),
         "hardware": args.hardware,
         "software": f"NumPy {np.__version__}",

@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> None:
     command = shlex.join(["python", "-m", "benchmarks.benchmark_warm_start", *arguments])
     settings = {k: v for k, v in vars(args).items() if k not in ("data_dir", "output_dir")}
     results = {
-        "command": command.replace(str(args.data_dir), "DIR"),
+        "command": command.replace(str(args.data_dir), "DIR").replace(str(args.output_dir), "DIR2"),
         "date": str(date.today()),
         "hardware": args.hardware,
         "software": f"PyTorch {torch.__version__}, transformers {transformers.__version__}",
