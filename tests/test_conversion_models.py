@@ -5,6 +5,8 @@ a folder of real checkpoints (each with the reference.npz of a real run) those a
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM
 
+import modeling_convt5
 from conversion import verify
 from conversion.convert_mesh_tf import convert, read
 from modeling_convt5 import ConvT5ForConditionalGeneration
@@ -238,17 +241,33 @@ def test_a_folder_of_shards_loads_as_one_file_does(tmp_path, monkeypatch):
     assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
 
 
-def test_the_folder_needs_no_installed_package(tmp_path):
+def test_the_folder_is_complete_and_needs_no_installed_package(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     convert(checkpoint, tmp_path / "model", progress=False)
-    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    code = """
+import sys
+sys.modules["modeling_convt5"] = None  # as where it is not installed
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.num_parameters())
+"""
+    alone = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    assert alone.stdout.split()[-1:] == [str(model.num_parameters())], alone.stderr
     assert model.config.architectures == ["ConvT5ForConditionalGeneration"]
     assert model.num_parameters() == model.config.num_parameters()
     assert model.generation_config.decoder_start_token_id == 0
     assert model.generation_config.eos_token_id == 1
     files = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {"modeling_convt5.py", "configuration_convt5.py", "README.md"} <= files
-    assert not files & {"__init__.py", "__main__.py"}
+    sources = Path(modeling_convt5.__file__).parent.glob("*.py")
+    expected = {path.name for path in sources} - {"__init__.py", "__main__.py"}
+    expected |= {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert files == expected
 
 
 # --- real checkpoints -----------------------------------------------------------------------------
