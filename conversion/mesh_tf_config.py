@@ -169,11 +169,15 @@ class _Inference:
         first = self._get(stack, CONVOLUTION, "min_relative_pos")
         last = self._get(stack, CONVOLUTION, "max_relative_pos")
         fields = {f"{stack}_kernel_size": kernel_size}
-        if first is None or last is None:
+        if self.gin is None:
             usual = "centred" if stack == "encoder" else "ending at the current position"
             self.assumed.append(f"the {stack}'s window of {kernel_size} taps: {usual}")
-            return fields
-        if not (_is_int(first) and _is_int(last) and last - first + 1 == kernel_size):
+        elif first is None or last is None:
+            self.problems.append(
+                f"{stack}'s window: {self.gin.path.name} does not set {CONVOLUTION}."
+                "min_relative_pos and max_relative_pos, so it is not whole"
+            )
+        elif not (_is_int(first) and _is_int(last) and last - first + 1 == kernel_size):
             self.problems.append(
                 f"{stack}'s kernel size: the variables say {kernel_size}, {self.gin.path.name} "
                 f"says positions {first} to {last}"
@@ -341,8 +345,10 @@ class _Inference:
         parameter = "shared_embedding_and_softmax_weights"
         self._agree(parameter, tied, self._get("decoder", "Unitransformer", parameter))
         parameter = "scale_variable_like_classifier_weights"
-        scaled = {s: bool(self._get(s, "VocabEmbedding", parameter)) for s in STACKS}
-        scaled = self._both(parameter, scaled)
+        scaled = {stack: self._get(stack, "VocabEmbedding", parameter) for stack in STACKS}
+        if None in scaled.values():
+            self.assumed.append(f"VocabEmbedding.{parameter} = False")
+        scaled = self._both(parameter, {stack: bool(value) for stack, value in scaled.items()})
         return {
             "vocab_size": shapes["decoder"],
             "d_model": d_model,
@@ -358,7 +364,9 @@ class _Inference:
         kinds, lengths = {}, {}
         for stack in STACKS:
             table = self.names.positions[stack]
-            sinusoid = self._get(stack, "Unitransformer", "sinusoid_positional_embedding", False)
+            sinusoid = self._get(stack, "Unitransformer", "sinusoid_positional_embedding")
+            if sinusoid is None and not table:
+                self.assumed.append(f"no sinusoids in the {stack}")
             kinds[stack] = "sinusoidal" if sinusoid else "learned" if table else None
             if kinds[stack] is None:
                 learned = self._get(stack, "Unitransformer", "positional_embedding")
@@ -370,8 +378,6 @@ class _Inference:
                 self._agree(f"{stack}'s max_length", lengths[stack], length)
             elif length is not None:
                 lengths[stack] = length
-        if self.gin is None and set(kinds.values()) == {None}:
-            self.assumed.append("no position embeddings, so no sinusoids either")
         fields = {}
         used = set(kinds.values())
         if used in ({"learned"}, {"learned", None}):

@@ -152,6 +152,10 @@ BROKEN = {
         lambda c: edit_gin(c, "min_relative_pos = -4", "min_relative_pos = -3"),
         r"encoder's kernel size: the variables say 9, .* says positions -3 to 4",
     ),
+    "gin says no window": (
+        lambda c: edit_gin(c, "encoder/LocalConvAttnBlock.min_relative_pos = -4\n", ""),
+        r"encoder's window: operative_config.gin does not set LocalConvAttnBlock.min_relative_pos",
+    ),
     "gin says another kind": (
         lambda c: edit_gin(c, "'lightweight_conv'", "'dynamic_conv'"),
         r"attention_type: the variables say lightweight_conv, .* says dynamic_conv",
@@ -246,7 +250,8 @@ def test_all_disagreements_are_shown_at_once(checkpoint, tmp_path, capsys):
     edit_gin(checkpoint, "d_model = 16", "d_model = 32")
     edit_gin(checkpoint, "max_length = 32", "max_length = 512")
     _, error = command(capsys, checkpoint, tmp_path / "model")
-    assert error.count("the variables say") == 4  # in both stacks
+    # d_model, output_size and max_length, in both stacks.
+    assert error.count("the variables say") == 6
 
 
 def test_without_a_gin_file_the_number_of_heads_is_asked_for(checkpoint, tmp_path, capsys):
