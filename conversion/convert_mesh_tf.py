@@ -2,7 +2,7 @@
 
     python -m conversion.convert_mesh_tf --checkpoint DIR --output FOLDER
 
-Needs neither TensorFlow nor Mesh-TensorFlow. Sizes come from the variables' shapes, and must be
+Needs neither TensorFlow nor PyTorch nor Flax. Sizes come from the variables' shapes, and must be
 those of operative_config.gin where that lies beside the checkpoint. One weight at a time is held in
 memory, and what is written goes to FOLDER only when all of it is there.
 
