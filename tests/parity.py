@@ -52,6 +52,7 @@ SWITCHES = {
         "feed_forward_proj": "gated-gelu",
         "mlp_bias": True,
     },
+    "positions apart": {"position_embeddings": "learned", "share_position_embeddings": False},
     "switches": {
         "position_embeddings": "sinusoidal",
         "scale_embeddings": True,

@@ -77,3 +77,49 @@ def test_the_flax_benchmark_measures_and_reports(tmp_path):
     assert "as fast as T5" in page.read_text() and "What XLA plans" in page.read_text()
     wrong = subprocess.run([*command, "compiled"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--what compiled: expected some of" in wrong.stderr
+
+
+def module(name, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_conversion_benchmark_writes_converts_and_reports(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    sizes = "--d_model 32 --num_layers 1 --vocab_size 64".split()
+    folders = ["--scratch", str(tmp_path / "scratch"), "--output_dir", str(tmp_path / "results")]
+    run = module("benchmark_conversion", *folders, *sizes)
+    assert run.returncode == 0, run.stderr[-3000:]
+    data, page = sorted((tmp_path / "results").iterdir())
+    results = json.loads(data.read_text())
+    assert f"{results['parameters']:,} parameters" in page.read_text()
+    assert results["conversion"]["peak_bytes"] > 0 and not list((tmp_path / "scratch").iterdir())
+    assert str(tmp_path / "scratch") not in page.read_text()
+
+
+def test_warm_start_benchmark_compares_three_beginnings(tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    words = "the a cat dog sat ran on under mat tree and then it was seen by some one".split()
+    lines = []
+    for i in range(40):
+        text = " ".join(words[(i * k + k * k) % len(words)] for k in range(300))
+        lines.append(json.dumps({"text": text}))
+    (data_dir / "text.jsonl").write_text("\n".join(lines) + "\n")
+    sizes = "--t5_steps 2 --steps 2 --marks 1 --seeds 0 --batch_size 4 --length 16 --d_model 16 "
+    sizes += "--num_heads 2 --num_layers 1 --eval_batches 1 --vocab_size 150"
+    folders = ["--data_dir", str(data_dir), "--output_dir", str(tmp_path / "results")]
+    run = module("benchmark_warm_start", *folders, *sizes.split())
+    assert run.returncode == 0, run.stderr[-3000:]
+    data, page = sorted((tmp_path / "results").iterdir())
+    losses = json.loads(data.read_text())["losses"]
+    assert set(losses) == {"warm start", "copied rest", "random"}
+    assert all(list(run) == ["0", "1", "2"] for runs in losses.values() for run in runs)
+    assert "| 2 | " in page.read_text() and str(data_dir) not in page.read_text()
+    empty = module("benchmark_warm_start", "--data_dir", str(tmp_path), "--output_dir", "unused")
+    assert empty.returncode and "0 documents" in empty.stderr

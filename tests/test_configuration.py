@@ -68,6 +68,7 @@ def test_the_formula_counts_every_preset(name):
         {"encoder_mixers": ["dynamic", "attention"], "mixer_bias": True, "pointwise": True},
         {"gate": False, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
         {"share_embeddings": False, "position_embeddings": "learned", "mlp_bias": True},
+        {"share_position_embeddings": False, "position_embeddings": "learned"},
         {"num_filters": None, "num_decoder_layers": 3, "position_embeddings": "sinusoidal"},
     ],
     ids=str,
@@ -222,6 +223,7 @@ CHANGES = {
     "position_embeddings": "sinusoidal",
     "max_position_embeddings": 30,
     "share_embeddings": False,
+    "share_position_embeddings": False,
     "scale_embeddings": True,
     "scale_decoder_outputs": False,
     "mask_decoder_start": True,
@@ -235,6 +237,7 @@ CONTEXT = {
     "relative_attention_max_distance": {"encoder_mixers": "attention"},
     "pointwise_activation": {"pointwise": True},
     "max_position_embeddings": {"position_embeddings": "learned"},
+    "share_position_embeddings": {"position_embeddings": "learned"},
 }
 
 

@@ -211,6 +211,7 @@ def test_untied_and_unshared_tables_survive_a_round_trip(tmp_path):
         (
             {"tie_word_embeddings": False},
             {"share_embeddings": False, "position_embeddings": "learned"},
+            {"share_position_embeddings": False, "position_embeddings": "learned"},
             {"position_embeddings": "learned", "cross_attention": False},
         )
     ):

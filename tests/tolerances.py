@@ -81,3 +81,9 @@ TWIN_GRADIENTS = 1e-4
 TWIN_BFLOAT16 = 0.02
 # A beam's score: a sum of up to 20 log-probabilities, each from logits as above.
 TWIN_SCORES = 1e-4
+
+# --- Conversion ----------------------------------------------------------------------------------
+
+# A converted model in float32 against the original's equations in float64, and against real runs of
+# Mesh-TensorFlow in float32: absolute, on states and logits of order 1 to 10.
+MESH_TF = 1e-5

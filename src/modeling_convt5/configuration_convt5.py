@@ -98,7 +98,9 @@ class ConvT5Config(PretrainedConfig):
         pointwise_activation: activation after the pointwise dense, one of `ACTIVATIONS`.
         position_embeddings: None (a convolution needs none), "learned" or "sinusoidal".
         max_position_embeddings: length of the position table; longer inputs raise ValueError.
-        share_embeddings: one token table (and position table) for encoder and decoder.
+        share_embeddings: one token table for encoder and decoder.
+        share_position_embeddings: one table of learned positions for encoder and decoder; None
+            follows `share_embeddings`.
         scale_embeddings: multiply token embeddings by sqrt(d_model).
         scale_decoder_outputs: multiply the decoder's output by d_model ** -0.5 before the
             logits; None follows `tie_word_embeddings`, as in T5.
@@ -162,6 +164,7 @@ class ConvT5Config(PretrainedConfig):
         position_embeddings: str | None = None,
         max_position_embeddings: int = 512,
         share_embeddings: bool = True,
+        share_position_embeddings: bool | None = None,
         scale_embeddings: bool = False,
         scale_decoder_outputs: bool | None = None,
         mask_decoder_start: bool = False,
@@ -202,6 +205,9 @@ class ConvT5Config(PretrainedConfig):
         self.position_embeddings = position_embeddings
         self.max_position_embeddings = max_position_embeddings
         self.share_embeddings = share_embeddings
+        self.share_position_embeddings = (
+            share_embeddings if share_position_embeddings is None else share_position_embeddings
+        )
         self.scale_embeddings = scale_embeddings
         self.scale_decoder_outputs = (
             tie_word_embeddings if scale_decoder_outputs is None else scale_decoder_outputs
@@ -320,7 +326,8 @@ class ConvT5Config(PretrainedConfig):
         if not self.tie_word_embeddings:
             total += self.vocab_size * d
         if self.position_embeddings == "learned":
-            total += tables * self.max_position_embeddings * d
+            position_tables = 1 if self.share_position_embeddings else 2
+            total += position_tables * self.max_position_embeddings * d
         if not self.has_cross_attention:
             total += d * d
         for stack in ("encoder", "decoder"):
@@ -522,6 +529,7 @@ class ConvT5Config(PretrainedConfig):
             "mlp_bias",
             "pointwise",
             "share_embeddings",
+            "share_position_embeddings",
             "scale_embeddings",
             "scale_decoder_outputs",
             "mask_decoder_start",

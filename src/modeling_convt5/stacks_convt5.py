@@ -129,10 +129,10 @@ class ConvT5PreTrainedModel(PreTrainedModel):
         if config.share_embeddings:
             self.shared = nn.Embedding(config.vocab_size, config.d_model)
             tied |= {f"{stack}.embed_tokens.weight": "shared.weight" for stack in stacks}
-            if config.position_embeddings == "learned":
-                self.shared_positions = nn.Embedding(config.max_position_embeddings, config.d_model)
-                source = "shared_positions.weight"
-                tied |= {f"{stack}.embed_positions.weight": source for stack in stacks}
+        if config.position_embeddings == "learned" and config.share_position_embeddings:
+            self.shared_positions = nn.Embedding(config.max_position_embeddings, config.d_model)
+            source = "shared_positions.weight"
+            tied |= {f"{stack}.embed_positions.weight": source for stack in stacks}
         return tied
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -77,17 +77,16 @@ class FlaxConvT5PreTrainedModel(FlaxCheckpointMixin, nnx.Module):
         """Create the tables that the stacks share."""
         if config.share_embeddings:
             self.shared = FlaxEmbedding(config.vocab_size, config.d_model, config, **common)
-            if config.position_embeddings == "learned":
-                self.shared_positions = FlaxEmbedding(
-                    config.max_position_embeddings, config.d_model, config, **common
-                )
+        if config.position_embeddings == "learned" and config.share_position_embeddings:
+            self.shared_positions = FlaxEmbedding(
+                config.max_position_embeddings, config.d_model, config, **common
+            )
 
     def _tables(self, stack: str) -> tuple[FlaxEmbedding, FlaxEmbedding | None]:
         """The token and the position table of a stack."""
         own = getattr(self, stack)
-        if not self.config.share_embeddings:
-            return own.embed_tokens, own.embed_positions
-        return self.shared, getattr(self, "shared_positions", None)
+        tokens = self.shared if self.config.share_embeddings else own.embed_tokens
+        return tokens, getattr(self, "shared_positions", own.embed_positions)
 
     def get_input_embeddings(self) -> FlaxEmbedding:
         return self._tables("encoder")[0]
@@ -147,11 +146,11 @@ class FlaxConvT5Stack(nnx.Module):
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embed_tokens = self.embed_positions = None
         if not config.share_embeddings:
-            own = {"rows": config.vocab_size, "features": config.d_model, "config": config}
-            self.embed_tokens = nnx.data(FlaxEmbedding(**own, **common))
-            if config.position_embeddings == "learned":
-                own["rows"] = config.max_position_embeddings
-                self.embed_positions = nnx.data(FlaxEmbedding(**own, **common))
+            table = FlaxEmbedding(config.vocab_size, config.d_model, config, **common)
+            self.embed_tokens = nnx.data(table)
+        if config.position_embeddings == "learned" and not config.share_position_embeddings:
+            rows = config.max_position_embeddings
+            self.embed_positions = nnx.data(FlaxEmbedding(rows, config.d_model, config, **common))
         specs = config.layer_specs(stack)
         self.layers = nnx.List([FlaxConvT5Layer(config, spec, **common) for spec in specs])
         self.relative_attention_bias = self.encoder_summary = None

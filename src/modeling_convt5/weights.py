@@ -25,9 +25,10 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 def tied_keys(config) -> dict[str, str]:
     """The other names of shared weights and the name each is kept under: {other: kept}."""
     tied = {}
-    if config.share_embeddings:
-        for stack in ("encoder", "decoder"):
+    for stack in ("encoder", "decoder"):
+        if config.share_embeddings:
             tied[f"{stack}.embed_tokens.weight"] = "shared.weight"
+        if config.share_position_embeddings:
             tied[f"{stack}.embed_positions.weight"] = "shared_positions.weight"
     if config.tie_word_embeddings:
         shared = config.share_embeddings

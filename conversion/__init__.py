@@ -1,0 +1,1 @@
+"""Other people's checkpoints become ConvT5: Mesh-TensorFlow's (the paper's) and T5's."""
