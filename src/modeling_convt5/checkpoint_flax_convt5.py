@@ -55,10 +55,7 @@ CODE = (
 
 
 def named_parameters(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Variable]]:
-    """(key, parameter) pairs: a module's own, then its children's.
-
-    On a model just built the order is PyTorch's; `nnx.merge` puts names in alphabetical order.
-    """
+    """(key, parameter) pairs: a module's own, then its children's."""
     children = []
     items = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
     for name, value in items:
@@ -175,8 +172,7 @@ class FlaxCheckpointMixin:
         folder = Path(save_directory)
         if folder.is_file():
             raise FileExistsError(f"{folder} is a file: save_pretrained writes a folder.")
-        unordered = dict(named_parameters(self))
-        parameters = {key: unordered[key] for key in self._parameter_order()}
+        parameters = dict(sorted(named_parameters(self), key=lambda pair: _natural(pair[0])))
         shapes = {key: (tuple(v.shape), np.dtype(v.dtype)) for key, v in parameters.items()}
         first = jax.process_index() == 0
         if first:
@@ -206,18 +202,6 @@ class FlaxCheckpointMixin:
     def num_parameters(self) -> int:
         """Number of parameters, shared ones counted once."""
         return sum(int(np.prod(v.shape, dtype=np.int64)) for _, v in named_parameters(self))
-
-    def _parameter_order(self):
-        """The keys in the order in which PyTorch has them, and fills shards."""
-        order = []
-
-        def build():
-            model = type(self)(self.config)
-            order.extend(key for key, _ in named_parameters(model))
-            return model
-
-        nnx.eval_shape(build)
-        return order
 
     def _save_config(self, folder):
         config = type(self.config).from_dict(self.config.to_dict())
@@ -300,6 +284,11 @@ def _load(files, key, dtype, sharding):
         return read[place]
 
     return jax.make_array_from_callback(files.shapes[key], sharding, slice_at)
+
+
+def _natural(key):
+    """For sorting as transformers does before it fills shards: layers.2 before layers.10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
 
 
 def _to_host(array):
