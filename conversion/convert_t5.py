@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoTokenizer, T5Config, T5ForConditionalGe
 import modeling_convt5
 from modeling_convt5 import ConvT5Config
 from modeling_convt5.configuration_convt5 import MIXERS
-from modeling_convt5.layers_convt5 import relative_position_bucket
+from modeling_convt5.masks_convt5 import relative_position_bucket
 
 from .model_folder import DTYPES, Weight, new_folder, write_configuration, write_weights
 

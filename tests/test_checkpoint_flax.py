@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -322,6 +323,15 @@ def test_neither_framework_imports_the_other():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(node.module.split(".")[0])
         assert not ({"torch"} <= imported and imported & {"jax", "flax"}), path.name
+
+
+def test_the_flax_modeling_file_imports_its_siblings_itself():
+    """transformers 4 fetches no others."""
+    text = (SOURCE / "modeling_flax_convt5.py").read_text()
+    named = set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE))
+    for path in [SOURCE / f"{name}.py" for name in named]:
+        found = re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
+        assert set(found) <= named, path.name
 
 
 WITHOUT_TORCH = """

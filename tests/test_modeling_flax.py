@@ -11,8 +11,8 @@ from flax import nnx
 
 from modeling_convt5 import FlaxConvT5ForConditionalGeneration, FlaxConvT5ForSequenceClassification
 from modeling_convt5.cache_convt5 import CACHE
-from modeling_convt5.layers_convt5 import relative_position_bucket as torch_bucket
-from modeling_convt5.layers_flax_convt5 import relative_position_bucket
+from modeling_convt5.masks_convt5 import relative_position_bucket as torch_bucket
+from modeling_convt5.masks_flax_convt5 import relative_position_bucket
 from modeling_convt5.stacks_flax_convt5 import repeating_runs
 
 CASES = parity.cases()

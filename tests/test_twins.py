@@ -15,6 +15,7 @@ SOURCE = Path(modeling_convt5.__file__).parent
 PAIRS = {
     "convolution.py": "convolution_flax.py",
     "layers_convt5.py": "layers_flax_convt5.py",
+    "masks_convt5.py": "masks_flax_convt5.py",
     "stacks_convt5.py": "stacks_flax_convt5.py",
     "modeling_convt5.py": "modeling_flax_convt5.py",
 }

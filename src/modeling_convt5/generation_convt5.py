@@ -6,7 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_convt5 import CACHE, new_cache, new_static_cache
-from .layers_convt5 import check_tensor
+from .masks_convt5 import check_tensor
 
 # transformers 5 can take back tokens that were read into a state, and has caches to compile.
 ROLLS_BACK = hasattr(Cache, "activate_past_recording")

@@ -30,7 +30,8 @@ from .configuration_convt5 import ConvT5Config
 # Named here because transformers 4 fetches only the files that this one imports itself.
 from .convolution import depthwise_conv, dynamic_conv, lightweight_conv  # noqa: F401
 from .generation_convt5 import ConvT5GenerationMixin
-from .layers_convt5 import ConvT5ClassificationHead, check_tensor
+from .layers_convt5 import ConvT5ClassificationHead
+from .masks_convt5 import check_tensor
 from .stacks_convt5 import ConvT5PreTrainedModel, ConvT5Stack, default
 
 if TYPE_CHECKING:  # travel with a checkpoint; transformers reads these lines, Python does not
@@ -39,9 +40,11 @@ if TYPE_CHECKING:  # travel with a checkpoint; transformers reads these lines, P
     from .convolution_flax import hide_padding  # noqa: F401
     from .generation_flax_convt5 import FlaxGenerationMixin  # noqa: F401
     from .layers_flax_convt5 import FlaxConvT5Layer  # noqa: F401
+    from .masks_flax_convt5 import FlaxTokenMasks  # noqa: F401
     from .modeling_flax_convt5 import FlaxConvT5Model  # noqa: F401
     from .outputs_flax_convt5 import FlaxModelOutput  # noqa: F401
     from .pipeline_convt5 import Text2TextGenerationPipeline  # noqa: F401
+    from .presets_convt5 import PRESETS  # noqa: F401
     from .sharding_flax_convt5 import SHARDING_RULES  # noqa: F401
     from .stacks_flax_convt5 import FlaxConvT5Stack  # noqa: F401
     from .weights import WeightFiles  # noqa: F401

@@ -29,6 +29,7 @@ from .configuration_convt5 import ConvT5Config  # noqa: F401
 from .convolution_flax import depthwise_conv, drop, dynamic_conv, lightweight_conv  # noqa: F401
 from .generation_flax_convt5 import FlaxGenerationConfig, FlaxGenerationMixin  # noqa: F401
 from .layers_flax_convt5 import FlaxConvT5ClassificationHead, FlaxLinear, split_rng
+from .masks_flax_convt5 import FlaxTokenMasks  # noqa: F401
 from .outputs_flax_convt5 import (
     FlaxBaseModelOutput,
     FlaxSeq2SeqLMOutput,
@@ -36,6 +37,7 @@ from .outputs_flax_convt5 import (
     FlaxSeq2SeqQuestionAnsweringModelOutput,
     FlaxTokenClassifierOutput,
 )
+from .presets_convt5 import PRESETS  # noqa: F401
 from .sharding_flax_convt5 import SHARDING_RULES, parameter_sharding  # noqa: F401
 from .stacks_flax_convt5 import FlaxConvT5PreTrainedModel, FlaxConvT5Stack
 from .weights import tied_keys  # noqa: F401

@@ -22,6 +22,8 @@ from .convolution import hide_padding
 from .layers_convt5 import (
     ConvT5Convolution,
     ConvT5Layer,
+)
+from .masks_convt5 import (
     TokenMasks,
     check_encoder_states,
     check_tensor,

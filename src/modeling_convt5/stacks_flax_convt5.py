@@ -20,13 +20,15 @@ from .layers_flax_convt5 import (
     FlaxEmbedding,
     FlaxLinear,
     FlaxRMSNorm,
+    split_rng,
+)
+from .masks_flax_convt5 import (
     FlaxTokenMasks,
     check_encoder_states,
     check_tensor,
     cross_attention_bias,
     self_attention_bias,
     sinusoids,
-    split_rng,
 )
 from .outputs_flax_convt5 import FlaxBaseModelOutput, FlaxBaseModelOutputWithPastAndCrossAttentions
 
