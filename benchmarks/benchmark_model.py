@@ -111,7 +111,7 @@ def in_turn(calls: dict, rounds: int) -> dict[str, float | None]:
 def measure_encoder(args, layers, length, compiled=False) -> dict:
     """Seconds of the encoder alone, forward and forward+backward."""
     ids, calls = batch(args, length), {"forward": {}, "forward+backward": {}}
-    for name in MODELS:
+    for name in args.models:
         model = build(name, args, layers, vocab_size=1000)
         run = torch.compile(model) if compiled else model
 
@@ -138,7 +138,7 @@ def measure_training(args, layers, length) -> dict:
     """Seconds of a whole step: loss, gradients, AdamW; targets are T5's 114 for 512 inputs."""
     ids, calls = batch(args, length), {}
     labels = ids[:, : max(2, length * 114 // 512)]
-    for name in MODELS:
+    for name in args.models:
         model = build(name, args, layers, encoder_only=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -307,7 +307,10 @@ def speed_table(results: dict, part: str, layers: int, what: str) -> list[str]:
     for key, cell in cells.items():
         job = json.loads(key)
         if job[:2] == [part, layers] and cell and what in cell:
-            ratios = [ratio(cell[what][baseline], cell[what][name]) for name in others]
+            times = cell[what]
+            ratios = [
+                ratio(times[baseline], times[name]) if name in times else "" for name in others
+            ]
             lines.append(f"| {job[2]:,} | " + " | ".join(ratios) + " |")
     return lines if len(lines) > 2 else []
 
@@ -352,7 +355,10 @@ def compiled_gain(cells: dict) -> list[str]:
         part, *job = json.loads(key)
         if part == "compiled" and cell:
             times = cell["forward"]
-            gains = [ratio(times[f"{name} (not compiled)"], times[name]) for name in MODELS]
+            gains = [
+                ratio(times[f"{name} (not compiled)"], times[name]) if name in times else ""
+                for name in MODELS
+            ]
             lines.append(f"| {job[1]:,} | " + " | ".join(gains) + " |")
     if not lines:
         return []
@@ -438,7 +444,7 @@ def plot(results: dict, path: Path) -> None:
                     points.append((job[2], cell["forward"][name] if flax else cell))
                 elif part == job[0] == "encoder" and job[1] == layers:
                     times = cell[what]
-                    if times[name] and times[baseline]:
+                    if times.get(name) and times[baseline]:
                         points.append((job[2], times[baseline] / times[name]))
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
@@ -457,7 +463,8 @@ def plot(results: dict, path: Path) -> None:
 def forwarded(args: argparse.Namespace) -> list[str]:
     """The arguments that a measurement in a fresh process needs."""
     names = ("framework", "d_model", "tokens", "rounds", "steps", "threads")
-    return [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
+    parts = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
+    return [*parts, "--models", *args.models]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -467,6 +474,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add, lengths = parser.add_argument, [64, 128, 512, 2048, 4096, 8192]
     add("--framework", choices=["torch", "flax"], default="torch", help="default: torch")
     add("--what", nargs="+", help="parts, default: all of them")
+    add("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all, in PyTorch")
     add("--layers", type=int, nargs="+", default=[2], help="layers of a stack (default: 2)")
     add("--lengths", type=int, nargs="+", default=lengths, help="default: 64 ... 8192")
     add("--memory_lengths", type=int, nargs="*", default=[16384, 32768, 65536], help="forward only")
@@ -484,6 +492,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for part in args.what:
         if part not in parts:
             parser.error(f"--what {part}: expected some of {', '.join(parts)}.")
+    if args.framework == "torch" and "T5 sdpa" not in args.models:
+        parser.error("--models: expected 'T5 sdpa' among them, which the others are compared with.")
     if args.d_model % 64:
         parser.error(f"--d_model {args.d_model}: expected a multiple of 64, the size of a head.")
     for name in ("layers", "lengths", "tokens", "rounds", "steps", "threads", "d_model"):

@@ -23,6 +23,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -168,8 +169,9 @@ def harvest(
     files = {package: source_files(package) for package in packages}
     if not any(files.values()):
         raise ValueError(f"None of the packages {packages} is installed: nothing to read.")
+    fresh = get_context("spawn")  # a fork would copy locks that the caller's threads may hold
     with (
-        ProcessPoolExecutor(workers or os.cpu_count(), initializer=_leave_interrupts) as pool,
+        ProcessPoolExecutor(workers or os.cpu_count(), fresh, _leave_interrupts) as pool,
         tqdm(total=len(packages), desc="reading docstrings", unit="package", disable=not progress)
         as bar,
     ):  # fmt: skip

@@ -9,7 +9,6 @@ files before and after, and with --quickstart runs/quickstart the accuracy on it
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,17 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def accuracy(model, tokenizer, run: Path) -> float:
     """Accuracy on the docstrings with which the quickstart in the folder `run` was tested."""
-    from examples.quickstart_training import TextToLabel, labelled_texts, read_jsonl, scores
+    from examples.quickstart_training import TextToLabel, held_out, scores
 
-    settings = json.loads((run / "hub" / "results.json").read_text())["settings"]
-    for stage in run.glob("text-*/stage.json"):
-        read = json.loads(stage.read_text())["settings"]
-        if all(settings[name] == value for name, value in read.items()):
-            break
-    rows = labelled_texts(
-        read_jsonl(stage.parent / "docstrings.jsonl"), "test", settings["test_labels"], 0
-    )
-    task = TextToLabel(tokenizer, settings["input_length"])
+    rows, input_length = held_out(run)
+    task = TextToLabel(tokenizer, input_length)
     return scores(rows, task.predict(model, rows))["accuracy"]
 
 

@@ -110,7 +110,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     pretraining = parser.add_argument_group("pre-training")
     add(pretraining, "raw_length", 141, "tokens of a row before corruption")
     add(pretraining, "batch_size", 32, "rows of a batch")
-    add(pretraining, "pretrain_steps", 1600, "optimizer steps")
+    add(pretraining, "pretrain_steps", 1200, "optimizer steps")
     add(pretraining, "pretrain_rate", 2e-2, "peak learning rate")
     add(pretraining, "checkpoint_every", 200, "steps from one checkpoint to the next")
 
@@ -119,7 +119,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(task, "validation_labels", 600, "docstrings that choose the learning rates")
     add(task, "test_labels", 2000, "docstrings of the test")
     add(task, "input_length", 96, "tokens read of a docstring")
-    add(task, "finetune_epochs", 4, "passes over the labelled docstrings")
+    add(task, "finetune_epochs", 3, "passes over the labelled docstrings")
     add(task, "finetune_batch_size", 32, "docstrings of a batch")
     add(task, "dropout_rate", 0.1, "dropout in fine-tuning")
     add(task, "pretrained_rates", [1e-2, 2e-2], "learning rates tried when pre-trained")

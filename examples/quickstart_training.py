@@ -351,6 +351,17 @@ def labelled_texts(rows: list[dict], split: str, count: int, seed: int) -> list[
     return chosen[:count]
 
 
+def held_out(run: Path) -> tuple[list[dict], int]:
+    """The test docstrings of the finished quickstart in the folder `run`, and its input length."""
+    settings = json.loads((run / "hub" / "results.json").read_text())["settings"]
+    for stage in run.glob("text-*/stage.json"):
+        read = json.loads(stage.read_text())["settings"]
+        if all(settings[name] == value for name, value in read.items()):
+            break
+    rows = read_jsonl(stage.parent / "docstrings.jsonl")
+    return labelled_texts(rows, "test", settings["test_labels"], 0), settings["input_length"]
+
+
 class TextToLabel:
     """The task as text to text, in the form of span corruption.
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter, defaultdict
 
@@ -35,6 +36,15 @@ def tiny_config(**overrides) -> ConvT5Config:
         "initializer_factor": 2.0,
     }
     return ConvT5Config(**{**fields, **overrides})
+
+
+def interruptible(command: list) -> list[str]:
+    """A command that Ctrl-C ends: a shell's background jobs, and what they start, ignore it."""
+    script = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", script, *map(str, command)]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import interruptible
 
 from conversion import convert_mesh_tf, model_folder, verify
 from conversion.convert_mesh_tf import convert
@@ -363,7 +364,7 @@ sys.exit(convert_mesh_tf.main(["--checkpoint", sys.argv[1], "--output", sys.argv
 """
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(checkpoint), str(tmp_path / "model")],
+        interruptible([sys.executable, "-c", script, checkpoint, tmp_path / "model"]),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import interruptible
 
 from examples import quickstart, quickstart_report
 
@@ -21,13 +22,11 @@ METHODS = {"pretrained", "scratch", "tfidf", "tfidf_whole", "majority"}
 def start(folder, *arguments):
     command = [*SCRIPT, "--smoke", "--output_dir", str(folder), *arguments]
     return subprocess.Popen(
-        command,
+        interruptible(command),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        # A shell's background jobs ignore Ctrl-C, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -48,10 +48,18 @@ class FlaxCache:
     length: int = struct.field(pytree_node=False)
 
     def reorder_cache(self, beam_idx: jax.Array) -> "FlaxCache":
-        """The rows `beam_idx` (B,) of every layer: what a beam search goes on from."""
-        states = (self.layers, self.encoder_summary)
-        layers, encoder_summary = jax.tree.map(lambda x: x[beam_idx], states)
-        return self.replace(layers=layers, encoder_summary=encoder_summary)
+        """What a beam search goes on from: the rows `beam_idx` (B,) of every layer.
+
+        A row takes the place of another row of the same text, so what was made from the text
+        (cross-attention's keys and values, the encoder's summary) stays as it is.
+        """
+        own = ("conv_state", "keys", "values")
+        layers = []
+        for layer in self.layers:
+            held = {name: getattr(layer, name) for name in own}
+            held = {name: x[beam_idx] for name, x in held.items() if x is not None}
+            layers.append(layer.replace(**held))
+        return self.replace(layers=tuple(layers))
 
 
 def new_cache(config, batch: int, length: int, dtype, cross, encoder_summary) -> FlaxCache:
