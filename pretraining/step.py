@@ -221,6 +221,11 @@ def gradients(model: Model, settings: Settings, params: dict, batch: Batch, step
     return jax.lax.scan(add, start, (jnp.arange(parts), split_batch))[0]
 
 
+def norm(tree: Any) -> jax.Array:
+    """The square root of the sum of all squares."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
 def train_step(model: Model, settings: Settings, state: State, batch: Batch):
     """The next state, and the step's metrics: scalars.
 
@@ -230,7 +235,7 @@ def train_step(model: Model, settings: Settings, state: State, batch: Batch):
     params, step = state["params"], state["step"]
     (loss, z_loss), grads = gradients(model, settings, params, batch, step)
     updates, moments = optimizer(settings).update(grads, state["optimizer"], params)
-    norms = optax.global_norm(grads), optax.global_norm(updates)
+    norms = norm(grads), norm(updates)
     good = jnp.isfinite(loss) & jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
     average = state["average"]
     if settings.spike_threshold is not None:
@@ -261,7 +266,7 @@ def train_step(model: Model, settings: Settings, state: State, batch: Batch):
         "z_loss": z_loss,
         "gradient_norm": norms[0],
         "update_norm": norms[1],
-        "parameter_norm": optax.global_norm(params),
+        "parameter_norm": norm(params),
         "learning_rate": learning_rate(settings)(step),
         "skipped": new["skipped"],
         "tokens": (batch["labels"] != -100).sum()

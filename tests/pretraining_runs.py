@@ -137,13 +137,14 @@ def final_state(workdir: Path, step: int) -> dict:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    with ocp.CheckpointManager(workdir / "checkpoints", item_names=("state", "run")) as manager:
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore()),
-        )
-    leaves = jax.tree_util.tree_flatten_with_path(found["state"])[0]
+    folder = workdir / "checkpoints" / str(step)
+    with ocp.StandardCheckpointer() as checkpointer:
+        # As NumPy arrays, whatever devices wrote them.
+        shapes = checkpointer.metadata(folder / "state").item_metadata.tree
+        arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        found = checkpointer.restore(folder / "state", arrays)
+    leaves = jax.tree_util.tree_flatten_with_path(found)[0]
     return {
         **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves},
-        "run": found["run"],
+        "run": json.loads((folder / "run" / "metadata").read_text()),
     }

@@ -81,3 +81,17 @@ TWIN_GRADIENTS = 1e-4
 TWIN_BFLOAT16 = 0.02
 # A beam's score: a sum of up to 20 log-probabilities, each from logits as above.
 TWIN_SCORES = 1e-4
+
+# --- Pre-training --------------------------------------------------------------------------------
+
+# The first step's loss (order 5) on other layouts of devices in float32, absolute: the same
+# products, summed over rows and channels in another order.
+LAYOUT_LOSS = 1e-5
+# The same step's gradients, relative to each parameter's largest entry.
+LAYOUT_GRADIENTS = 1e-5
+# Fifty steps in float64, losses absolute, state relative: rounding of 1e-16 grows by training.
+LAYOUT_FLOAT64 = 1e-8
+# An exported checkpoint's loss in PyTorch on the same batches, absolute (float32).
+EXPORT_LOSS = 1e-4
+# optax against Adafactor written as a loop, relative, over some steps in float32.
+OPTIMIZER = 1e-5
