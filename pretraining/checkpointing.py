@@ -6,6 +6,7 @@ there is now.
 """
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,20 @@ import orbax.checkpoint as ocp
 
 from .step import State
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a file could not grow.
+
+    The storage below orbax raises its own errors, with the system's words in them.
+    """
+    while error is not None:
+        words = any(os.strerror(number) in str(error) for number in _DISK_FULL)
+        if words or getattr(error, "errno", None) in _DISK_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Checkpoints:
@@ -45,9 +59,7 @@ class Checkpoints:
         run = {"made_of": self.made_of, "data": data}
         self.manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)),
         )
 
     def check(self, step: int) -> None:

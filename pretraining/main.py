@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.distributed or args.coordinator:
         initialize(args)
     # After the processes have met: importing looks at the devices.
-    from .checkpointing import DISK_FULL
+    from .checkpointing import is_disk_full
     from .train import BadStep, set_up, train
 
     try:
@@ -35,12 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
             run.checkpoints.close()
     except BadStep as error:
         raise SystemExit(str(error)) from error
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except Exception as error:
+        if not is_disk_full(error):
             raise
         raise SystemExit(
-            f"{args.workdir}: {error.strerror}. Make space and run the same command again: it goes "
-            "on from the last checkpoint."
+            f"{args.workdir}: the disk is full ({error}). Make space and run the same command "
+            "again: it goes on from the last checkpoint."
         ) from error
 
 
@@ -52,9 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="a file of pretraining/configs, or yours")
     parser.add_argument("--workdir", required=True, help="records and checkpoints of this run")
-    parser.add_argument(
-        "--override", nargs="+", action="extend", default=[], metavar="FIELD=VALUE"
-    )
+    parser.add_argument("--override", nargs="+", action="extend", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--export", metavar="DIR", help="write the Hub folder there")
     parser.add_argument("--push_to_hub", metavar="REPO", help="and upload it to owner/name")
     hosts = parser.add_argument_group("several hosts: the same command on each of them")

@@ -75,6 +75,32 @@ class JsonLines:
                 os.fsync(file.fileno())
 
 
+class Board:
+    """The records for TensorBoard, if tensorboardX is installed.
+
+    Args:
+        folder: for its files.
+        write: whether this process writes.
+    """
+
+    def __init__(self, folder: Path, write: bool):
+        self.writer = None
+        if write:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                return
+            self.writer = SummaryWriter(str(folder))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Every number of a record, under its split."""
+        if self.writer is not None:
+            for key, value in record.items():
+                if key not in ("step", "split"):
+                    self.writer.add_scalar(f"{record['split']}/{key}", value, record["step"])
+            self.writer.flush()
+
+
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     """All records of a file.
 

@@ -133,6 +133,8 @@ class Settings:
                 "Every part has the same number of rows.",
             )
         self._check_mesh()
+        if self.packing and self.inputs_length < 4:
+            self._fail("inputs_length", "4 or more with packing", "A part needs two tokens.")
         raw_length_for(self.inputs_length, self.noise_density, self.mean_noise_span_length)
 
     @property

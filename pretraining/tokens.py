@@ -100,4 +100,3 @@ def _find(name):
         f"tokenizer={name}: there is no file {path}. Pass a tokenizer.json, a folder that holds "
         "one, or a repository on the Hub."
     )
-

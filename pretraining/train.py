@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .checkpointing import Checkpoints
 from .export import Export
 from .input_pipeline import Batches
-from .metrics import JsonLines, Throughput, model_flops, peak_flops
+from .metrics import Board, JsonLines, Throughput, model_flops, peak_flops
 from .prepare import prepare
 from .records import is_prepared, read_manifest
 from .settings import Settings, digest
@@ -74,7 +74,7 @@ class Run:
         train, evaluate: compiled steps.
         batches, validation: of the two splits; the latter None without evaluation.
         abstract: shapes, dtypes and shardings of the state.
-        records, rows: metrics.jsonl, and rows.jsonl or None.
+        records, rows, board: metrics.jsonl, rows.jsonl or None, TensorBoard's files.
     """
 
     settings: Settings
@@ -89,6 +89,7 @@ class Run:
     abstract: dict
     records: JsonLines
     rows: JsonLines | None
+    board: Board
     preemption: Preemption
 
     def to_devices(self, batch: dict) -> dict:
@@ -111,6 +112,11 @@ def set_up(
     model = Model(config, settings, mesh)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file: expected a folder, or nothing yet.")
+    if "://" in str(workdir) or ":/" in str(workdir):
+        raise ValueError(
+            f"--workdir {workdir}: expected a folder of a file system that all hosts share. Mount "
+            "the bucket or a network disk (docs/tpu.md)."
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     records = find_records(settings, tokenizer, workdir)
     places = host_places(mesh, settings.batch_size)
@@ -153,6 +159,7 @@ def set_up(
         abstract=abstract,
         records=JsonLines(workdir / "metrics.jsonl", first),
         rows=JsonLines(workdir / "rows.jsonl", first) if settings.log_rows else None,
+        board=Board(workdir / "tensorboard", first),
         preemption=preemption,
     )
 
@@ -212,17 +219,10 @@ def train(run: Run) -> int:
         if run.rows is not None:
             run.rows.append({"step": step, "rows": batch["rows"].tolist()})
         if log or save:
-            bad = int(metrics["skipped"]) > skipped
-            skipped = int(metrics["skipped"])
-            if bad and settings.on_bad_step == "stop":
-                raise stop(run, step, metrics)
-            if bad and settings.on_bad_step == "rewind":
-                rewinds += 1
-                if rewinds > _MAX_REWINDS:
-                    raise stop(run, step, metrics)
-                state, step = rewind(run)
-                skipped = int(state["skipped"])
-                bar.n = step
+            before, skipped = skipped, int(metrics["skipped"])
+            if skipped > before and settings.on_bad_step != "skip":
+                state, step, rewinds = rewind(run, step, metrics, rewinds)
+                skipped, stopped, bar.n = before, False, step
                 clock.start()
                 continue
         if log:
@@ -262,14 +262,22 @@ def begin(run: Run, data) -> tuple[dict, int]:
     return state, step
 
 
-def rewind(run: Run) -> tuple[dict, int]:
-    """The last checkpoint's state, without its place in the data: the bad batches are behind."""
+def rewind(run: Run, step: int, metrics: dict, rewinds: int) -> tuple[dict, int, int]:
+    """The last checkpoint's state, without its place in the data: the bad batches are behind.
+
+    Returns the state, its step, and the number of rewinds to it.
+
+    Raises:
+        BadStep: if the policy is to stop, or if rewinding does not help.
+    """
+    if run.settings.on_bad_step == "stop" or rewinds == _MAX_REWINDS:
+        raise stop(run, step, metrics)
     step = run.checkpoints.latest()
     state, _ = run.checkpoints.restore(step, run.abstract)
     for lines in (run.records, run.rows):
         if lines is not None:
             lines.keep_until(step)
-    return state, step
+    return state, step, rewinds + 1
 
 
 def stop(run: Run, step: int, metrics: dict) -> BadStep:
@@ -288,7 +296,9 @@ def record_step(run: Run, step: int, metrics: dict, clock: Throughput, bar) -> N
     values = {key: np.asarray(value).item() for key, value in jax.device_get(metrics).items()}
     figures = clock.report(values["tokens"])
     epoch = step * run.settings.batch_size / len(run.batches.rows)
-    run.records.append({"step": step, "split": "train", **values, "epoch": epoch, **figures})
+    record = {"step": step, "split": "train", **values, "epoch": epoch, **figures}
+    run.records.append(record)
+    run.board.add(record)
     bar.set_postfix(
         {
             "loss": f"{values['loss']:.3f}",
@@ -307,7 +317,9 @@ def evaluate(run: Run, step: int, state: dict) -> None:
     for batch in run.validation:
         entropy, labels = run.evaluate(state["params"], run.to_devices(batch))
         total, count = total + float(entropy), count + float(labels)
-    run.records.append({"step": step, "split": "eval", "loss": total / count, "targets": int(count)})
+    record = {"step": step, "split": "eval", "loss": total / count, "targets": int(count)}
+    run.records.append(record)
+    run.board.add(record)
 
 
 def keep(run: Run, step: int, state: dict, data) -> None:

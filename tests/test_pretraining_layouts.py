@@ -22,8 +22,8 @@ def setup(tmp_path_factory):
         "tokenizer": str(runs.make_tokenizer(root / "tokenizer.json")),
         "batch_size": 8,
         "train_steps": 1,
-        "warmup_steps": 1,
         "optimizer": "adafactor",
+        "warmup_steps": 10_000,
         "dropout": False,
     }
     return root, fields
@@ -108,8 +108,10 @@ def test_fifty_steps_in_float64_are_the_same_everywhere(setup):
     mixed = _two(root, "double-mixed", {**fields, "train_steps": 20})
     _one(root, "double-mixed", {**fields, "train_steps": 35, "mesh": MESH}, **EIGHT)
     _one(root, "double-mixed", fields)
-    kept = [np.array([r["loss"] for r in runs.records(w) if r["split"] == "train"])
-            for w in (mixed, one)]
+    kept = [
+        np.array([r["loss"] for r in runs.records(w) if r["split"] == "train"])
+        for w in (mixed, one)
+    ]
     assert np.abs(kept[0] - kept[1]).max() <= tolerances.LAYOUT_FLOAT64
     assert _difference(mixed, one, 50) <= tolerances.LAYOUT_FLOAT64
     assert runs.records(mixed, "rows.jsonl") == runs.records(one, "rows.jsonl")
