@@ -29,13 +29,13 @@ def estimate(settings: Settings) -> list[str]:
     tokens = settings.train_steps * settings.batch_size * settings.raw_length
     lines = [
         f"parameters {config.num_parameters():,}",
-        f"tokens     {tokens / 1e9:,.1f} G raw, {settings.batch_size} x {settings.raw_length} a step",
+        f"tokens     {tokens:.3g}, {settings.batch_size} x {settings.raw_length} raw ones a step",
         f"FLOPs      {step:.2e} a step, {step * settings.train_steps:.2e} in all",
     ]
     for name, count, kind in HARDWARE:
         rate = UTILISATION * count * PEAK_FLOPS[kind] / step
         hours = settings.train_steps / rate / 3600
-        lines.append(f"{name:<16}{rate:7.1f} steps/s {hours:7.1f} h  (computed, not run)")
+        lines.append(f"{name:<16}{rate:8.4g} steps/s {hours:8.3g} h  (computed, not run)")
     return lines
 
 

@@ -109,7 +109,6 @@ class Batches:
         return {**make(rows.tolist(), noise), "rows": rows.astype(np.int32)}
 
     def _joined(self, rows, noise):
-        settings = self.settings
         tokens = np.stack([self.stream.read(*self.rows.pieces(row)[0]) for row in rows])
         length, density, mean = tokens.shape[1], *self._noise()
         mask = np.concatenate([noise_mask(rng, 1, length, density, mean) for rng in noise])

@@ -3,8 +3,8 @@
     python -m pretraining.main --config pretraining/configs/tiny_cpu.py --workdir runs/tiny \\
         --override data_dir=DATA tokenizer=tokenizer.json
 
-Exit codes: 0 finished; 75 pre-empted (SIGTERM) and saved: run the same command again. Records are in
-WORKDIR/metrics.jsonl, checkpoints in WORKDIR/checkpoints.
+Exit codes: 0 finished; 75 pre-empted (SIGTERM) and saved: run the same command again. Records are
+in WORKDIR/metrics.jsonl, checkpoints in WORKDIR/checkpoints.
 """
 
 import argparse

@@ -186,7 +186,7 @@ def loss_sums(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def gradients(model: Model, settings: Settings, params: dict, batch: Batch, step: jax.Array):
-    """(cross-entropy, z-loss) and the gradient of their weighted sum, means over the batch's labels.
+    """(cross-entropy, z-loss), means over the batch's labels, and their weighted sum's gradient.
 
     The batch goes through the model in `accumulation_steps` parts; every device has rows in each.
     """

@@ -7,6 +7,7 @@ disk before the checkpoint of that step, and a run that is taken up first drops 
 import json
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
+
+from modeling_convt5 import ConvT5Config
 
 from .checkpointing import Checkpoints
 from .export import Export
@@ -50,6 +53,7 @@ class Preemption:
 
     def __init__(self):
         self.training = self.noticed = False
+        self.calls = 0
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._notice)
 
@@ -58,10 +62,11 @@ class Preemption:
             raise SystemExit(PREEMPTED)  # nothing is lost: preparing goes on where it stopped
         self.noticed = True
 
-    def reached(self, step: int) -> bool:
+    def reached(self) -> bool:
         """Whether to save and leave after this step; every process calls it after every step."""
+        self.calls += 1  # unlike the step, it never goes back
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self.calls)
         return self.noticed
 
 
@@ -71,7 +76,7 @@ class Run:
 
     Attributes:
         settings, workdir, model, checkpoints, export: of the run.
-        train, evaluate: compiled steps.
+        start, train, evaluate: compiled steps.
         batches, validation: of the two splits; the latter None without evaluation.
         abstract: shapes, dtypes and shardings of the state.
         records, rows, board: metrics.jsonl, rows.jsonl or None, TensorBoard's files.
@@ -81,9 +86,9 @@ class Run:
     model: Model
     checkpoints: Checkpoints
     export: Export | None
-    start: object
-    train: object
-    evaluate: object
+    start: Callable
+    train: Callable
+    evaluate: Callable
     batches: Batches
     validation: Batches | None
     abstract: dict
@@ -110,14 +115,7 @@ def set_up(
     mesh = make_mesh(settings)
     config = model_config(settings, tokenizer)
     model = Model(config, settings, mesh)
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file: expected a folder, or nothing yet.")
-    if "://" in str(workdir) or ":/" in str(workdir):
-        raise ValueError(
-            f"--workdir {workdir}: expected a folder of a file system that all hosts share. Mount "
-            "the bucket or a network disk (docs/tpu.md)."
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_workdir(workdir)
     records = find_records(settings, tokenizer, workdir)
     places = host_places(mesh, settings.batch_size)
     batches, validation = (
@@ -128,13 +126,12 @@ def set_up(
     )
     made_of = {
         **settings.fingerprint(),
-        "model_config": digest(sorted(config.to_dict().items(), key=str)),
+        "model_config": model_digest(config),
         "tokenizer_sha256": tokenizer.sha256,
         "records": digest(read_manifest(records)["splits"]["train"]),
     }
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", settings.keep_last, json.loads(json.dumps(made_of))
-    )
+    made_of = json.loads(json.dumps(made_of))  # as it will be read back
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_last, made_of)
     start, train, evaluate = compile_steps(model, settings)
     shapes, shardings = state_shardings(model, settings)
     abstract = jax.tree.map(
@@ -162,6 +159,28 @@ def set_up(
         board=Board(workdir / "tensorboard", first),
         preemption=preemption,
     )
+
+
+def make_workdir(workdir: Path) -> None:
+    """Create it.
+
+    Raises:
+        ValueError: if it is a file or a bucket.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file: expected a folder, or nothing yet.")
+    if ":/" in str(workdir):
+        raise ValueError(
+            f"--workdir {workdir}: expected a folder of a file system that all hosts share. Mount "
+            "the bucket or a network disk (docs/tpu.md)."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def model_digest(config: ConvT5Config) -> str:
+    """The same for the same model, whichever release of transformers describes it."""
+    fields = {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
+    return digest(sorted(fields.items(), key=str))
 
 
 def find_records(settings: Settings, tokenizer: TokenizerFile, workdir: Path) -> str:
@@ -213,7 +232,7 @@ def train(run: Run) -> int:
         clock.step()
         bar.update()
         last = step == settings.train_steps
-        stopped = run.preemption.reached(step)
+        stopped = run.preemption.reached()
         save = last or stopped or step % settings.checkpoint_every == 0
         log = last or step % settings.log_every == 0
         if run.rows is not None:
@@ -222,7 +241,7 @@ def train(run: Run) -> int:
             before, skipped = skipped, int(metrics["skipped"])
             if skipped > before and settings.on_bad_step != "skip":
                 state, step, rewinds = rewind(run, step, metrics, rewinds)
-                skipped, stopped, bar.n = before, False, step
+                skipped, bar.n = before, step
                 clock.start()
                 continue
         if log:

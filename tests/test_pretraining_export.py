@@ -12,6 +12,7 @@ import tolerances
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from benchmarks import benchmark_pretraining
 from examples import continue_pretraining
 from modeling_convt5 import FlaxConvT5ForConditionalGeneration
 from pretraining import compare, plot
@@ -146,3 +147,14 @@ def test_operations_are_counted_and_drawn(tmp_path):
     assert [record["family"] for record in records] == list(compare.FAMILIES)
     for record in records:
         assert record["formula"] < record["xla"] < 1.5 * record["formula"]
+
+
+def test_pipeline_and_checkpoints_are_measured(exported, tmp_path, capsys):
+    root, settings = exported
+    command = ["--data", root / "run" / "records", "--tokenizer", settings.tokenizer]
+    command += ["--rounds", 1, "--rows_steps", 2, "--steps", 2, "--output_dir", tmp_path]
+    command += ["--override", f"model_overrides={runs.MODEL}", "batch_size=4", "inputs_length=32"]
+    assert benchmark_pretraining.main([str(part) for part in command]) == 0
+    page = next(tmp_path.glob("pretraining_*.md")).read_text()
+    assert "| rows made / rows consumed |" in page and "| 2 steps with a checkpoint /" in page
+    assert page in capsys.readouterr().out

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pretraining_runs as runs
@@ -217,6 +218,8 @@ def test_wrong_places(tmp_path, ready):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file: expected a folder, or nothing yet"):
         set_up(ready[1], tmp_path / "file")
+    with pytest.raises(ValueError, match="expected a folder of a file system that all hosts share"):
+        set_up(ready[1], Path("gs://bucket/run"))
     with pytest.raises(ValueError, match="--export .*file is a file: expected a folder"):
         set_up(ready[1], tmp_path / "run", export_to=str(tmp_path / "file"))
 

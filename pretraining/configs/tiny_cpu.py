@@ -1,13 +1,8 @@
 """A tiny model on two CPU cores, to try everything; `model=dynamic-tiny` and so on for the others.
 
-command    python -m pretraining.main --config pretraining/configs/tiny_cpu.py --workdir runs/tiny \\
-               --override data_dir=DATA tokenizer=tokenizer.json
-parameters 5,819,248
-tokens     0.0 G raw, 32 x 141 a step
-FLOPs      4.64e+10 a step, 4.64e+14 in all
-16 TPU v3 chips 16979.6 steps/s     0.0 h  (computed, not run)
-v5e-8           13597.5 steps/s     0.0 h  (computed, not run)
-v4-32 pod       37962.6 steps/s     0.0 h  (computed, not run)
+command    python -m pretraining.main --config pretraining/configs/tiny_cpu.py \\
+               --workdir runs/tiny --override data_dir=DATA tokenizer=tokenizer.json
+HEAD
 result     not run yet
 """
 
