@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace, workdir: Path) -> dict[str, float]:
         trainer.steps(every, fixed=True)
 
     for _ in range(args.rounds):
-        times["rows"].append(timed(lambda: run.batches._make(zip(*place, strict=True))))
+        times["rows"].append(timed(lambda: run.batches.make(zip(*place, strict=True))))
         times["fixed"].append(timed(lambda: trainer.steps(args.rows_steps, fixed=True)))
         times["pipeline"].append(timed(lambda: trainer.steps(args.rows_steps, fixed=False)))
         times["unsaved"].append(timed(lambda: trainer.steps(every, fixed=True)))

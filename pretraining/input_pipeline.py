@@ -81,12 +81,22 @@ class Batches:
         if self.split == "train":
             order = order.shuffle()
         order = order.repeat().map_with_index(lambda position, row: (position, row))
-        batches = order.batch(settings.batch_size).map(self._make)
+        batches = order.batch(settings.batch_size).map(self.make)
         if self.split != "train":
             batches = batches[: min(settings.eval_batches, len(self))]
         threads = min(_THREADS, settings.prefetch)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=settings.prefetch)
         return iter(batches.to_iter_dataset(options))
+
+    def make(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        """This host's part of a batch, from the places in the order and the rows of all of it."""
+        positions, rows = (np.asarray(part)[self.places] for part in batch)
+        noise = [
+            np.random.default_rng([self.settings.seed, _NOISE[self.split], int(position)])
+            for position in positions
+        ]
+        corrupt = self._packed if self.settings.packing else self._joined
+        return {**corrupt(rows.tolist(), noise), "rows": rows.astype(np.int32)}
 
     def _cut(self, stream):
         settings = self.settings
@@ -98,15 +108,6 @@ class Batches:
         return PackedRows(
             stream, settings.raw_length, settings.inputs_length, settings.targets_length, counts
         )
-
-    def _make(self, batch):
-        positions, rows = (np.asarray(part)[self.places] for part in batch)
-        noise = [
-            np.random.default_rng([self.settings.seed, _NOISE[self.split], int(position)])
-            for position in positions
-        ]
-        make = self._packed if self.settings.packing else self._joined
-        return {**make(rows.tolist(), noise), "rows": rows.astype(np.int32)}
 
     def _joined(self, rows, noise):
         tokens = np.stack([self.stream.read(*self.rows.pieces(row)[0]) for row in rows])

@@ -15,20 +15,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Runs of the same model share their compilation, within this process and with those it starts.
-_COMPILED = tempfile.mkdtemp(prefix="convt5-compiled-")
-atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-# Another test may have imported JAX before these were set.
-jax.config.update("jax_compilation_cache_dir", _COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Runs of the same model share their compilation, within this process and with those it starts.
+_COMPILED = tempfile.mkdtemp(prefix="convt5-compiled-")
+atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+for _name, _value in {
+    "jax_compilation_cache_dir": _COMPILED,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "pretraining" / "configs" / "tiny_cpu.py")
