@@ -94,8 +94,8 @@ def read(source: Source, skipped: Counter) -> Iterator[str]:
             else:
                 yield text
     except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+        if source.shard is not None or isinstance(error, FileNotFoundError):
+            raise  # the network failed, not the text: a rerun goes on with this source
         skipped[f"damaged file, read up to its fault: {error}"] += 1
 
 

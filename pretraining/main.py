@@ -8,6 +8,7 @@ in WORKDIR/metrics.jsonl, checkpoints in WORKDIR/checkpoints.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -25,14 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
         initialize(args)
     # After the processes have met: importing looks at the devices.
     from .checkpointing import is_disk_full
-    from .train import BadStep, set_up, train
+    from .train import BadStep, Preemption, set_up, train
 
     try:
-        run = set_up(settings, Path(args.workdir), args.export, args.push_to_hub)
-        try:
-            return train(run)
-        finally:
-            run.checkpoints.close()
+        with Preemption() as preemption:
+            run = set_up(settings, Path(args.workdir), args.export, args.push_to_hub)
+            with contextlib.closing(run.checkpoints):
+                return train(run, preemption)
     except BadStep as error:
         raise SystemExit(str(error)) from error
     except Exception as error:
@@ -72,8 +72,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def initialize(args: argparse.Namespace) -> None:
     """Join the other processes."""
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
 
 

@@ -74,6 +74,8 @@ def prepare(
     sources = find_sources(data)
     hold_out = all(source.split == "train" for source in sources)
     output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob("*.incomplete"):
+        left.unlink(missing_ok=True)
     jobs = [
         _Job(source, number, str(opened.path), opened.sha256, output, hold_out)
         for number, source in enumerate(sources)
@@ -153,7 +155,8 @@ class _Writer:
     def __init__(self, stem: Path, opened: TokenizerFile):
         self.dtype = "<u2" if opened.size <= 1 << 16 else "<u4"
         self.paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("tokens", "ends")]
-        self.files = [open(f"{path}.incomplete", "wb") for path in self.paths]
+        # A worker whose parent was killed may still be writing the same source.
+        self.files = [open(f"{path}.{os.getpid()}.incomplete", "wb") for path in self.paths]
         self.hashes = [hashlib.sha256() for _ in self.paths]
         self.tokens = self.documents = 0
 

@@ -54,8 +54,15 @@ class Preemption:
     def __init__(self):
         self.training = self.noticed = False
         self.calls = 0
+
+    def __enter__(self):
         if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._notice)
+            self.before = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *error):
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self.before)
 
     def _notice(self, signum, frame):
         if not self.training:
@@ -95,7 +102,6 @@ class Run:
     records: JsonLines
     rows: JsonLines | None
     board: Board
-    preemption: Preemption
 
     def to_devices(self, batch: dict) -> dict:
         mesh, size = self.model.mesh, self.settings.batch_size
@@ -110,7 +116,6 @@ def set_up(
     Raises:
         ValueError: for whatever does not fit, before anything is trained.
     """
-    preemption = Preemption()
     tokenizer = open_tokenizer(settings.tokenizer)
     mesh = make_mesh(settings)
     config = model_config(settings, tokenizer)
@@ -140,6 +145,13 @@ def set_up(
         shardings,
     )
     first = jax.process_index() == 0
+    if first:
+        epochs = settings.train_steps * settings.batch_size / len(batches.rows)
+        print(
+            f"{config.num_parameters():,} parameters; {len(batches.rows):,} rows, read "
+            f"{epochs:.2f} times; mesh {dict(mesh.shape)}",
+            file=sys.stderr,
+        )
     export = None
     if export_to or repository:
         export = Export(model, settings, tokenizer, workdir, export_to, repository)
@@ -157,7 +169,6 @@ def set_up(
         records=JsonLines(workdir / "metrics.jsonl", first),
         rows=JsonLines(workdir / "rows.jsonl", first) if settings.log_rows else None,
         board=Board(workdir / "tensorboard", first),
-        preemption=preemption,
     )
 
 
@@ -211,7 +222,7 @@ def find_records(settings: Settings, tokenizer: TokenizerFile, workdir: Path) ->
     return folder
 
 
-def train(run: Run) -> int:
+def train(run: Run, preemption: Preemption) -> int:
     """Train to the last step, from the last checkpoint if there is one; returns the exit code."""
     settings, checkpoints = run.settings, run.checkpoints
     data = iter(run.batches)
@@ -224,7 +235,7 @@ def train(run: Run) -> int:
     show = jax.process_index() == 0 and sys.stderr.isatty()
     bar = tqdm(initial=step, total=settings.train_steps, unit="step", disable=not show)
     skipped, rewinds, stopped = int(state["skipped"]), 0, False
-    run.preemption.training = True
+    preemption.training = True
     while step < settings.train_steps and not stopped:
         batch = next(data)
         state, metrics = run.train(state, run.to_devices(batch))
@@ -232,7 +243,7 @@ def train(run: Run) -> int:
         clock.step()
         bar.update()
         last = step == settings.train_steps
-        stopped = run.preemption.reached()
+        stopped = preemption.reached()
         save = last or stopped or step % settings.checkpoint_every == 0
         log = last or step % settings.log_every == 0
         if run.rows is not None:
