@@ -288,8 +288,8 @@ def initial_state(model: Model, settings: Settings, params: dict) -> State:
     }
 
 
-def state_shardings(model: Model, settings: Settings) -> tuple[State, State]:
-    """The state's shapes and where each array lies: moments of a parameter's shape lie with it."""
+def abstract_state(model: Model, settings: Settings) -> State:
+    """The state's shapes, dtypes and shardings: moments of a parameter's shape lie with it."""
     dtype = model.options["param_dtype"]
     params = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in model.shapes.items()}
     shapes = jax.eval_shape(lambda params: initial_state(model, settings, params), params)
@@ -298,9 +298,11 @@ def state_shardings(model: Model, settings: Settings) -> tuple[State, State]:
     def place(path, leaf):
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         key = next((key for key in keys if key in model.shapes), None)
-        return model.shardings[key] if key and leaf.shape == model.shapes[key] else copied
+        with_it = key is not None and leaf.shape == model.shapes[key]
+        sharding = model.shardings[key] if with_it else copied
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return shapes, jax.tree_util.tree_map_with_path(place, shapes)
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def compile_steps(model: Model, settings: Settings) -> tuple[Callable, Callable, Callable]:
@@ -308,7 +310,7 @@ def compile_steps(model: Model, settings: Settings) -> tuple[Callable, Callable,
 
     `train` reuses the memory of the state it is given.
     """
-    _, shardings = state_shardings(model, settings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, settings))
     copied = NamedSharding(model.mesh, PartitionSpec())
     fill = jax.jit(partial(initial_state, model, settings), out_shardings=shardings)
     train = jax.jit(

@@ -27,11 +27,11 @@ from .records import is_prepared, read_manifest
 from .settings import Settings, digest
 from .step import (
     Model,
+    abstract_state,
     compile_steps,
     host_places,
     make_mesh,
     model_config,
-    state_shardings,
     to_devices,
 )
 from .tokens import TokenizerFile, open_tokenizer
@@ -138,12 +138,6 @@ def set_up(
     made_of = json.loads(json.dumps(made_of))  # as it will be read back
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_last, made_of)
     start, train, evaluate = compile_steps(model, settings)
-    shapes, shardings = state_shardings(model, settings)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
     first = jax.process_index() == 0
     if first:
         epochs = settings.train_steps * settings.batch_size / len(batches.rows)
@@ -165,7 +159,7 @@ def set_up(
         evaluate=evaluate,
         batches=batches,
         validation=validation,
-        abstract=abstract,
+        abstract=abstract_state(model, settings),
         records=JsonLines(workdir / "metrics.jsonl", first),
         rows=JsonLines(workdir / "rows.jsonl", first) if settings.log_rows else None,
         board=Board(workdir / "tensorboard", first),

@@ -1,6 +1,8 @@
 """One step: the optimizers against loops, the loss, accumulation, packing, bad steps."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pretraining_runs as runs
 import pytest
 import tolerances
 
-from pretraining.metrics import JsonLines, read_records
+from pretraining.metrics import Board, JsonLines, Throughput, peak_flops, read_records
 from pretraining.optimizer import learning_rate, optimizer
 from pretraining.settings import Settings
 from pretraining.step import (
@@ -271,3 +273,39 @@ def test_records_are_whole_lines_and_can_be_taken_back(tmp_path):
     assert [record["step"] for record in read_records(lines.path)] == [1, 2, 3, 4, 5]
     JsonLines(tmp_path / "other.jsonl", write=False).append({"step": 1})
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_tensorboard_has_the_records_where_it_is_installed(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            seen.append(folder)
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    Board(tmp_path, True).add({"step": 3, "split": "eval", "loss": 2.0})
+    assert seen == [str(tmp_path), ("eval/loss", 2.0, 3)]
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # not installed
+    Board(tmp_path, True).add({"step": 3, "split": "eval", "loss": 2.0})
+    assert len(seen) == 2
+
+
+def test_throughput_counts_steps_after_the_first():
+    clock = Throughput(flops=10.0, peak=1e9)
+    clock.step()
+    assert clock.report(100) == {}
+    clock.start()
+    for _ in range(3):
+        clock.step()
+    found = clock.report(100)
+    assert found["tokens_per_second"] == pytest.approx(100 / found["seconds_per_step"])
+    used = 10.0 / found["seconds_per_step"] / 1e9
+    assert found["flops_utilisation"] == pytest.approx(used)
+    assert "flops_utilisation" not in Throughput(1.0, None).report(1)
+    assert peak_flops() > 1e8
