@@ -1,5 +1,6 @@
 """The Hub folder of a run: weights for both frameworks, code, tokenizer, and a card."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_convt5.checkpoint_flax_convt5 import named_parameters
 
 from .metrics import read_records
+from .prepare import write_json
 from .settings import Settings
 from .step import Model
 from .tokens import TokenizerFile
@@ -76,7 +78,7 @@ class Export:
             variable.set_value(params[key])
         model.save_pretrained(self.folder)
         if jax.process_index() == 0:
-            fast_tokenizer(self.tokenizer).save_pretrained(self.folder)
+            save_tokenizer(self.tokenizer, self.folder)
             self._write_card(step, model.num_parameters())
             if self.repository:
                 api = HfApi()
@@ -114,14 +116,20 @@ class Export:
         (self.folder / "README.md").write_text(card)
 
 
-def fast_tokenizer(tokenizer: TokenizerFile) -> PreTrainedTokenizerFast:
-    """The tokenizer for transformers."""
+def save_tokenizer(tokenizer: TokenizerFile, folder: Path) -> None:
+    """Write the tokenizer for transformers 4 and 5."""
     name = tokenizer.tokenizer.id_to_token
     unknown = {"unk_token": "<unk>"} if tokenizer.tokenizer.token_to_id("<unk>") else {}
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer.path),
         pad_token=name(tokenizer.pad_token_id),
         eos_token=name(tokenizer.eos_token_id),
-        extra_special_tokens=[f"<extra_id_{i}>" for i in range(tokenizer.num_sentinels)],
+        additional_special_tokens=[f"<extra_id_{i}>" for i in range(tokenizer.num_sentinels)],
+        model_input_names=["input_ids", "attention_mask"],
         **unknown,
     )
+    fast.save_pretrained(folder)
+    # transformers 5 renamed the class and still reads the old name; 4 knows only that one.
+    path = folder / "tokenizer_config.json"
+    fields = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(path, fields)
