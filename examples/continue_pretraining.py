@@ -47,7 +47,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def make_trainer(args: argparse.Namespace) -> Trainer:
-    """A Trainer over the records, with the paper's optimizer at a constant rate."""
+    """A Trainer over the records, with Adafactor at a constant rate."""
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForSeq2SeqLM.from_pretrained(args.model, trust_remote_code=True)
     collator = SpanCorruptionCollator(

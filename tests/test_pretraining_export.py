@@ -80,8 +80,8 @@ def test_pytorch_has_flaxs_loss_on_the_programs_own_batches(exported, packing):
 def test_continued_pretraining_in_pytorch(exported, tmp_path, capsys):
     root, _ = exported
     arguments = ["--model", root / "hub", "--records", root / "run" / "records", "--output_dir"]
-    arguments += [tmp_path, "--max_steps", 10, "--batch_size", 4, "--inputs_length", 32]
-    arguments += ["--compare", 4, "--learning_rate", 0.03]
+    arguments += [tmp_path, "--max_steps", 20, "--batch_size", 4, "--inputs_length", 32]
+    arguments += ["--compare", 4, "--learning_rate", 0.01]
     assert continue_pretraining.main([str(a) for a in arguments]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["flax_difference"] <= tolerances.EXPORT_LOSS
