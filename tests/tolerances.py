@@ -87,3 +87,17 @@ TWIN_SCORES = 1e-4
 # A converted model in float32 against the original's equations in float64, and against real runs of
 # Mesh-TensorFlow in float32: absolute, on states and logits of order 1 to 10.
 MESH_TF = 1e-5
+
+# --- Pre-training --------------------------------------------------------------------------------
+
+# The first step's loss (order 5) on other layouts of devices in float32, absolute: the same
+# products, summed over rows and channels in another order.
+LAYOUT_LOSS = 1e-5
+# The same step's gradients, relative to each parameter's largest entry.
+LAYOUT_GRADIENTS = 1e-5
+# Fifty steps in float64, losses absolute, state relative: rounding of 1e-16 grows by training.
+LAYOUT_FLOAT64 = 1e-8
+# An exported checkpoint's loss in PyTorch on the same batches, absolute (float32).
+EXPORT_LOSS = 1e-4
+# optax against Adafactor written as a loop, relative, over some steps in float32.
+OPTIMIZER = 1e-5

@@ -73,6 +73,8 @@ def named_parameters(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str
 class FlaxCheckpointMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub`, as transformers' models have them."""
 
+    name_or_path = ""  # of a model that was built, not loaded
+
     @classmethod
     def from_pretrained(
         cls,

@@ -1,0 +1,1 @@
+"""Run records: each file is one run, its `config` and what it took."""
