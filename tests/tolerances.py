@@ -81,3 +81,11 @@ TWIN_GRADIENTS = 1e-4
 TWIN_BFLOAT16 = 0.02
 # A beam's score: a sum of up to 20 log-probabilities, each from logits as above.
 TWIN_SCORES = 1e-4
+
+# --- Evaluation ----------------------------------------------------------------------------------
+
+# Metrics against scikit-learn's and SciPy's, absolute, on fractions: float64 sums of hundreds of
+# terms, each rounded at 1e-16.
+METRIC = 1e-12
+# A label's log-probability: from one pass over all labels, and from a pass of its own. As logits.
+LABEL_SCORES = 1e-4
