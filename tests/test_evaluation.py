@@ -78,9 +78,9 @@ def alone(model, tokenizer, text, candidate):
 @pytest.mark.parametrize("kind", ["convt5", "t5"])
 def test_label_scores_equal_those_of_passes_of_their_own(kind, model, tokenizer):
     if kind == "t5":
-        config = T5Config(
-            vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4
-        )
+        sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+        config = T5Config(vocab_size=len(tokenizer), **sizes)
+        config.decoder_start_token_id = 0
         model = T5ForConditionalGeneration(config).eval()
     texts = ["the good film", "the bad day good warm poor film", "sad"]
     candidates = [["positive", "negative"], ["positive", "Ann ate Bob", "Oslo"], ["the film"]]
