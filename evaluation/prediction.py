@@ -5,6 +5,7 @@ Shapes: B texts, N candidates of all texts of a batch, L length, M target length
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,8 +51,12 @@ def check_method(task: Task, method: str | None) -> str:
 def load_model(name: str, revision: str | None = None, trust_remote_code: bool = False):
     """(model, tokenizer, method) of a fine-tuned folder or repository; its class decides.
 
-    `method` is "head" for a model with a head, otherwise None.
+    A folder that examples/finetune.py has written stands for the `model` in it. `method` is "head"
+    for a model with a head, otherwise None.
     """
+    inside = Path(name) / "model"
+    if (inside / "config.json").is_file() and not (Path(name) / "config.json").is_file():
+        name = str(inside)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **options)
     architecture = (config.architectures or [""])[0]
@@ -98,7 +103,7 @@ def predict(
             )
             return [_from_scores(task, *pair) for pair in zip(candidates, scores, strict=True)]
         if method == "generate":
-            length = task.target_length
+            length = _longest_target(task, tokenizer, rows)
             found = generate(
                 model, tokenizer, texts, max_input_length, length, batch_size, num_beams
             )
@@ -109,6 +114,15 @@ def predict(
             _from_logits(task, logits)
             for logits in classify(model, tokenizer, texts, max_input_length, batch_size)
         ]
+
+
+def _longest_target(task, tokenizer, rows):
+    """The most tokens to generate. Where only the whole text counts, longer ones are wrong."""
+    labels = [row["label"] for row in rows]
+    if task.kind != "text" or None in labels:
+        return task.target_length
+    longest = max(map(len, tokenizer(text_target=labels)["input_ids"]))
+    return min(longest, task.target_length)
 
 
 @contextmanager
@@ -237,9 +251,9 @@ def generate(
         ids = model.generate(
             **inputs, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False
         )
-        for i, text in zip(
-            rows, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True
-        ):
+        # Without the clean-up that joins " ." and the like: COGS' logical forms are full of them.
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        for i, text in zip(rows, tokenizer.batch_decode(ids, **options), strict=True):
             written[i] = text.strip()
     return written
 

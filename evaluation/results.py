@@ -138,3 +138,18 @@ def model_index(records: Sequence[dict]) -> list[EvalResult]:
                 )
             )
     return found
+
+
+def plot_curves(histories: dict[str, list[dict]], metric: str, path: Path) -> None:
+    """The training loss and a validation metric by step, a line for each of Trainer's histories."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, name in zip(axes, ("loss", metric), strict=True):
+        for label, history in histories.items():
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), label=label)
+        axis.set(xlabel="step", ylabel=name.removeprefix("eval_"))
+    axes[1].legend()
+    figure.savefig(path, dpi=120)

@@ -39,13 +39,13 @@ def main_split(rows: dict[str, list[dict]]) -> str | None:
     return None
 
 
-def evaluate_splits(task: Task, rows: dict[str, list[dict]], answer, output: Path):
+def evaluate_splits(task: Task, rows: dict[str, list[dict]], answer, output: Path | None):
     """Answer splits, keep the predictions, and compute the metrics of those with labels.
 
     Args:
         rows: of each split.
         answer: a function of rows that returns `prediction.predict`'s list.
-        output: the folder for `predictions_SPLIT.jsonl`.
+        output: the folder for `predictions_SPLIT.jsonl`; None writes none.
 
     Returns:
         (metrics, intervals): those of the main split under their names, those of another as
@@ -56,7 +56,8 @@ def evaluate_splits(task: Task, rows: dict[str, list[dict]], answer, output: Pat
         if not some:
             continue
         answers = answer(some)
-        _write_predictions(task, output / f"predictions_{split}.jsonl", some, answers)
+        if output is not None:
+            _write_predictions(task, output / f"predictions_{split}.jsonl", some, answers)
         if is_labelled(some):
             predictions = [a["prediction"] for a in answers]
             prefix = "" if split == main else f"{split}_"

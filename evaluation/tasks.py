@@ -239,7 +239,7 @@ PAPER = [
         files={"gen": ("gen", "generalization")},
         headerless=(("sentence", "logical_form", "type"), ("sentence", "logical_form")),
         extra=("type", "distribution"),
-        target_length=512,
+        target_length=768,
     ),
     _pair(
         "mnli",
