@@ -18,34 +18,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from .metrics import INVALID
+from .answers import batches, check_method, from_logits, from_scores, from_text, longest_target
 from .tasks import Task
 
-METHODS = ("score", "generate", "head")
 SCORED_TOGETHER = 512  # candidates in a pass; one text's are never split
-
-
-def check_method(task: Task, method: str | None) -> str:
-    """The way of answering: the one asked for, or the task's own.
-
-    Raises:
-        ValueError: if the task cannot be answered that way.
-    """
-    default = "generate" if task.kind in ("text", "answers") else "score"
-    possible = {
-        "classification": METHODS,
-        "similarity": METHODS,
-        "text": ("generate",),
-        "answers": ("generate", "head"),
-        "entity": ("score", "generate"),
-    }[task.kind]
-    method = method or default
-    if method not in possible:
-        raise ValueError(
-            f"method={method!r} does not answer task {task.name!r}: choose one of "
-            f"{', '.join(possible)}."
-        )
-    return method
 
 
 def load_model(name: str, revision: str | None = None, trust_remote_code: bool = False):
@@ -101,28 +77,19 @@ def predict(
             scores = score_candidates(
                 model, tokenizer, texts, candidates, max_input_length, batch_size
             )
-            return [_from_scores(task, *pair) for pair in zip(candidates, scores, strict=True)]
+            return [from_scores(task, *pair) for pair in zip(candidates, scores, strict=True)]
         if method == "generate":
-            length = _longest_target(task, tokenizer, rows)
+            length = longest_target(task, tokenizer, rows)
             found = generate(
                 model, tokenizer, texts, max_input_length, length, batch_size, num_beams
             )
-            return [{"prediction": _from_text(task, text), "text": text} for text in found]
+            return [{"prediction": from_text(task, text), "text": text} for text in found]
         if task.kind == "answers":
             return answer_spans(model, tokenizer, rows, max_input_length, batch_size)
         return [
-            _from_logits(task, logits)
+            from_logits(task, logits)
             for logits in classify(model, tokenizer, texts, max_input_length, batch_size)
         ]
-
-
-def _longest_target(task, tokenizer, rows):
-    """The most tokens to generate. Where only the whole text counts, longer ones are wrong."""
-    labels = [row["label"] for row in rows]
-    if task.kind != "text" or None in labels:
-        return task.target_length
-    longest = max(map(len, tokenizer(text_target=labels)["input_ids"]))
-    return min(longest, task.target_length)
 
 
 @contextmanager
@@ -135,49 +102,6 @@ def evaluating(model):
             yield
     finally:
         model.train(training)
-
-
-def _from_scores(task, candidates, log_probabilities):
-    shares = np.exp(log_probabilities - np.logaddexp.reduce(log_probabilities))
-    best = int(np.argmax(log_probabilities))
-    prediction = best
-    if task.kind == "similarity":
-        prediction = float(shares @ np.array([float(word) for word in candidates]))
-    elif task.kind == "entity":
-        prediction = candidates[best]
-    return {"prediction": prediction, "scores": [float(share) for share in shares]}
-
-
-def _from_text(task, text):
-    if task.kind == "classification":
-        words = [word.lower() for word in task.words]
-        word = " ".join(text.lower().split())
-        return words.index(word) if word in words else INVALID
-    if task.kind == "similarity":
-        try:
-            return float(np.clip(float(text.replace(" ", "")), 0, 5))
-        except ValueError:
-            return 2.5  # no number: the middle
-    return text
-
-
-def _from_logits(task, logits):
-    if task.kind == "similarity":
-        return {"prediction": float(np.clip(logits[0], 0, 5))}
-    shares = np.exp(logits - np.logaddexp.reduce(logits))
-    return {"prediction": int(np.argmax(logits)), "scores": [float(share) for share in shares]}
-
-
-def batches(texts: Sequence[str], sizes: Sequence[int], most: int, rows: int) -> list[list[int]]:
-    """Row numbers in batches: longest texts first, at most `rows` rows and `most` of `sizes`."""
-    found, total = [[]], 0
-    for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-        if found[-1] and (len(found[-1]) == rows or total + sizes[i] > most):
-            found.append([])
-            total = 0
-        found[-1].append(i)
-        total += sizes[i]
-    return found if found[0] else []
 
 
 def encode(tokenizer, texts: Sequence[str], max_length: int, device) -> dict[str, torch.Tensor]:

@@ -12,6 +12,8 @@ import numpy as np
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from .data import is_labelled
+from .metrics import bootstrap, compute
 from .tasks import TASKS, Task
 
 
@@ -26,6 +28,67 @@ def summarise(per_seed: Sequence[dict[str, float]]) -> dict[str, dict]:
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         found[name] = {"mean": float(np.mean(values)), "std": spread, "per_seed": values}
     return found
+
+
+def main_split(rows: dict[str, list[dict]]) -> str | None:
+    """The split whose metrics stand for the task: labelled test rows, else validation."""
+    for split in ("test", "validation", *rows):
+        if split in rows and split != "train" and is_labelled(rows[split]):
+            return split
+    return None
+
+
+def evaluate_splits(task: Task, rows: dict[str, list[dict]], answer, output: Path | None):
+    """Answer splits, keep the predictions, and compute the metrics of those with labels.
+
+    Args:
+        rows: of each split.
+        answer: a function of rows that returns `prediction.predict`'s list.
+        output: the folder for `predictions_SPLIT.jsonl`; None writes none.
+
+    Returns:
+        (metrics, intervals): those of the main split under their names, those of another as
+        `SPLIT_metric`.
+    """
+    main, metrics, intervals = main_split(rows), {}, {}
+    for split, some in rows.items():
+        if not some:
+            continue
+        answers = answer(some)
+        if output is not None:
+            _write_predictions(task, output / f"predictions_{split}.jsonl", some, answers)
+        if is_labelled(some):
+            predictions = [a["prediction"] for a in answers]
+            prefix = "" if split == main else f"{split}_"
+            found, bounds = (f(task, some, predictions) for f in (compute, bootstrap))
+            metrics |= {prefix + name: value for name, value in found.items()}
+            intervals |= {prefix + name: value for name, value in bounds.items()}
+    return metrics, intervals
+
+
+def _write_predictions(task, path, rows, answers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            line = {"index": row.get("idx", row.get("index", number)), **answer}
+            if "id" in row:
+                line["id"] = row["id"]
+            if task.kind == "classification" and answer["prediction"] >= 0:
+                line["label_word"] = task.words[answer["prediction"]]
+            line["target"] = row["answers"] if "answers" in row else row["label"]
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def make_record(task_name, model, metrics_of_seeds, rows, **more) -> dict:
+    """The record of a results file; `more` is kept beside what every reader relies on."""
+    return {
+        "task": task_name,
+        "model": model,
+        "metrics": summarise(metrics_of_seeds),
+        "rows": {split: len(some) for split, some in rows.items()},
+        "command": this_command(),
+        **more,
+    }
 
 
 def this_command() -> str:

@@ -5,14 +5,13 @@ single task, a list of the records of several. Exit code 0, or 2 for a wrong arg
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from .data import Data, is_labelled, load, read_file
-from .metrics import bootstrap, compute
-from .prediction import METHODS, check_method, load_model, predict
-from .results import summarise, this_command, write_json
+from .answers import METHODS, check_method
+from .data import Data, load, read_file
+from .prediction import load_model, predict
+from .results import evaluate_splits, main_split, make_record, write_json
 from .tasks import ANSWERED_BY, TASKS, Task, custom_task, get_task
 
 
@@ -29,67 +28,6 @@ def evaluation_splits(data: Data, asked: list[str] | None = None) -> list[str]:
     if not found:
         raise ValueError("The data has training rows only: there is nothing to evaluate on.")
     return found
-
-
-def main_split(rows: dict[str, list[dict]]) -> str | None:
-    """The split whose metrics stand for the task: labelled test rows, else validation."""
-    for split in ("test", "validation", *rows):
-        if split in rows and split != "train" and is_labelled(rows[split]):
-            return split
-    return None
-
-
-def evaluate_splits(task: Task, rows: dict[str, list[dict]], answer, output: Path | None):
-    """Answer splits, keep the predictions, and compute the metrics of those with labels.
-
-    Args:
-        rows: of each split.
-        answer: a function of rows that returns `prediction.predict`'s list.
-        output: the folder for `predictions_SPLIT.jsonl`; None writes none.
-
-    Returns:
-        (metrics, intervals): those of the main split under their names, those of another as
-        `SPLIT_metric`.
-    """
-    main, metrics, intervals = main_split(rows), {}, {}
-    for split, some in rows.items():
-        if not some:
-            continue
-        answers = answer(some)
-        if output is not None:
-            _write_predictions(task, output / f"predictions_{split}.jsonl", some, answers)
-        if is_labelled(some):
-            predictions = [a["prediction"] for a in answers]
-            prefix = "" if split == main else f"{split}_"
-            found, bounds = (f(task, some, predictions) for f in (compute, bootstrap))
-            metrics |= {prefix + name: value for name, value in found.items()}
-            intervals |= {prefix + name: value for name, value in bounds.items()}
-    return metrics, intervals
-
-
-def _write_predictions(task, path, rows, answers):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            line = {"index": row.get("idx", row.get("index", number)), **answer}
-            if "id" in row:
-                line["id"] = row["id"]
-            if task.kind == "classification" and answer["prediction"] >= 0:
-                line["label_word"] = task.words[answer["prediction"]]
-            line["target"] = row["answers"] if "answers" in row else row["label"]
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def make_record(task_name, model, metrics_of_seeds, rows, **more) -> dict:
-    """The record of a results file; `more` is kept beside what every reader relies on."""
-    return {
-        "task": task_name,
-        "model": model,
-        "metrics": summarise(metrics_of_seeds),
-        "rows": {split: len(some) for split, some in rows.items()},
-        "command": this_command(),
-        **more,
-    }
 
 
 def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dict:

@@ -36,11 +36,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.answers import check_method
 from evaluation.data import Data, load, read_file
 from evaluation.metrics import compute
-from evaluation.prediction import check_method, encode_contexts, predict, span_positions
-from evaluation.results import plot_curves, write_json
-from evaluation.run import evaluate_splits, main_split, make_record
+from evaluation.prediction import encode_contexts, predict, span_positions
+from evaluation.results import evaluate_splits, main_split, make_record, plot_curves, write_json
 from evaluation.splits import Arrangement, arrange
 from evaluation.tasks import TASKS, Task, custom_task, get_task
 from modeling_convt5 import PRESETS, ConvT5Config

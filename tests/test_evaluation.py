@@ -12,8 +12,9 @@ from task_files import save_tiny_model, write_jsonl, write_task
 from tolerances import LABEL_SCORES
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from evaluation.answers import batches, check_method
 from evaluation.data import load
-from evaluation.prediction import batches, check_method, predict, score_candidates
+from evaluation.prediction import predict, score_candidates
 from evaluation.results import (
     data_set,
     eval_results,
