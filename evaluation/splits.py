@@ -1,10 +1,11 @@
 """Which rows train, which choose the checkpoint, and which are answered once, at the end."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from .data import Data, is_labelled
-from .tasks import ANSWERED_BY, Task
+from .data import Data, is_labelled, load, read_file
+from .tasks import ANSWERED_BY, Task, custom_task, get_task
 
 HELD_OUT = 0.1  # of the training rows, where the task has no split to spare
 AT_MOST = 2000
@@ -17,6 +18,40 @@ class Arrangement:
     train: list[dict]
     selection: list[dict]
     final: dict[str, list[dict]]
+
+
+def load_task(
+    name: str,
+    data_dir: str | None,
+    files: Sequence[str | None] = (None, None, None),
+    text_column: str = "text",
+    label_column: str = "label",
+) -> tuple[Task, Data]:
+    """A task and its rows; `custom` takes its label words from its training file.
+
+    Args:
+        files: of `custom`: for training, and if there are any for validation and test.
+
+    Raises:
+        ValueError: for a file that is missing or cannot be understood.
+    """
+    if name != "custom":
+        task = get_task(name)
+        return task, load(task, data_dir)
+    if not files[0]:
+        raise ValueError("task `custom` needs --train_file, and --text_column, --label_column.")
+    as_text = replace(custom_task([], text_column, label_column), kind="text", metrics=())
+    labels = {row["label"] for row in read_file(as_text, files[0], [])} - {None}
+    if len(labels) < 2:
+        raise ValueError(
+            f"label_column={label_column!r} of {files[0]} has the values {sorted(labels)}: "
+            "expected at least two classes. Check its name."
+        )
+    task, data = custom_task(sorted(labels), text_column, label_column), Data()
+    for split, path in zip(("train", "validation", "test"), files, strict=True):
+        if path:
+            data.rows[split] = read_file(task, path, data.notes, split)
+    return task, data
 
 
 def arrange(

@@ -37,12 +37,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.answers import check_method
-from evaluation.data import Data, load, read_file
 from evaluation.metrics import compute
 from evaluation.prediction import encode_contexts, predict, span_positions
 from evaluation.results import evaluate_splits, main_split, make_record, plot_curves, write_json
-from evaluation.splits import Arrangement, arrange
-from evaluation.tasks import TASKS, Task, custom_task, get_task
+from evaluation.splits import Arrangement, arrange, load_task
+from evaluation.tasks import TASKS, Task
 from modeling_convt5 import PRESETS, ConvT5Config
 
 EVALUATIONS = 10  # in a training, unless --eval_steps says otherwise
@@ -167,31 +166,6 @@ class TaskTrainer(Seq2SeqTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-
-def load_rows(args: TaskArguments) -> tuple[Task, Data]:
-    """The task and its rows; `custom` takes its label words from the training file."""
-    if args.task != "custom":
-        task = get_task(args.task)
-        return task, load(task, args.data_dir)
-    if not args.train_file:
-        raise ValueError("task `custom` needs --train_file, and --text_column, --label_column.")
-    text_task = dataclasses.replace(
-        custom_task([], args.text_column, args.label_column), kind="text", metrics=()
-    )
-    labels = {row["label"] for row in read_file(text_task, args.train_file, [])}
-    if len(labels - {None}) < 2:
-        raise ValueError(
-            f"label_column={args.label_column!r} of {args.train_file} has the values "
-            f"{sorted(map(str, labels))}: expected at least two classes. Check its name."
-        )
-    words = sorted(labels - {None})
-    task, data = custom_task(words, args.text_column, args.label_column), Data()
-    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    for split, path in files.items():
-        if path:
-            data.rows[split] = read_file(task, path, data.notes, split)
-    return task, data
 
 
 def make_model(args: TaskArguments, task: Task, method: str, tokenizer):
@@ -364,7 +338,8 @@ def check_output(args: TaskArguments, training: TrainArguments) -> None:
 
 def finetune(args: TaskArguments, training: TrainArguments) -> dict:
     """All seeds; returns the record that is written to results.json."""
-    task, data = load_rows(args)
+    files = (args.train_file, args.validation_file, args.test_file)
+    task, data = load_task(args.task, args.data_dir, files, args.text_column, args.label_column)
     method = check_method(task, args.method)
     rows = arrange(
         task, data, args.max_train_rows, args.max_validation_rows or None, args.max_test_rows
