@@ -243,6 +243,11 @@ def _rows(task, records: Iterable[Record], notes, split, one_based=False) -> lis
             rows.append(row)
     if dropped:
         notes.append(f"{split}: {dropped} rows without one of the task's classes left out")
+    # Hidden labels are all hidden; single ones are rows that count for nothing (-1 in Jigsaw's).
+    labelled = [row for row in rows if row["label"] is not None]
+    if task.kind != "answers" and 0 < len(labelled) < len(rows):
+        notes.append(f"{split}: {len(rows) - len(labelled)} rows without a label left out")
+        return labelled
     return rows
 
 

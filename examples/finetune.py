@@ -47,7 +47,15 @@ from modeling_convt5 import PRESETS, ConvT5Config
 EVALUATIONS = 10  # in a training, unless --eval_steps says otherwise
 HEADS = {"answers": AutoModelForQuestionAnswering}
 # What may differ between a run and its continuation.
-FREE = {"seeds", "output_dir", "disable_tqdm", "logging_steps", "local_rank", "run_name"}
+FREE = {
+    "seeds",
+    "output_dir",
+    "disable_tqdm",
+    "logging_steps",
+    "local_rank",
+    "logging_dir",
+    "run_name",
+}
 
 
 @dataclass

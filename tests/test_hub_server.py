@@ -1,5 +1,9 @@
 """The loopback Hub against the real client; what publishes to a Hub is tested through it."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,12 @@ from conftest import tiny_config
 from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from task_files import save_tiny_model, write_parquet, write_task
 
+from evaluation import run
+from evaluation.data import load
+from evaluation.results import read_results
+from evaluation.tasks import get_task
 from modeling_convt5 import ConvT5ForConditionalGeneration
 
 
@@ -152,3 +161,54 @@ def test_the_flax_class_pushes_and_loads_by_revision(hub, tmp_path):
     twin = ConvT5ForConditionalGeneration.from_pretrained("user/flax", revision=first)
     for key, value in original.state_dict().items():
         assert torch.equal(twin.state_dict()[key], value), key
+
+
+CARD = """---
+configs:
+- config_name: sst2
+  data_files:
+  - {split: train, path: "sst2/train-*"}
+  - {split: validation, path: "sst2/validation-*"}
+---
+"""
+
+
+def test_a_task_from_the_hub(api, hub, tmp_path):
+    """Without --data_dir the rows are the Hub's parquet files."""
+    write_task(tmp_path / "sst2", "sst2")
+    rows = load(get_task("sst2"), tmp_path).rows
+    operations = [add("README.md", CARD)]
+    for split in ("train", "validation"):
+        columns = {name: [row[name] for row in rows[split]] for name in ("sentence", "label")}
+        write_parquet(tmp_path / "rows.parquet", columns)
+        content = (tmp_path / "rows.parquet").read_bytes()
+        operations.append(add(f"sst2/{split}-00000-of-00001.parquet", content))
+    name = get_task("sst2").hub[0]
+    hub.user = name.split("/")[0]
+    api.create_repo(name, repo_type="dataset")
+    api.create_commit(name, operations, commit_message="rows", repo_type="dataset")
+    texts = [get_task("sst2").input_text(row) for some in rows.values() for row in some]
+    model = save_tiny_model(tmp_path / "model", [*texts, "negative positive"])
+    arguments = ["--model", str(model), "--tasks", "sst2", "--output_dir", str(tmp_path / "out")]
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "evaluation.run", *arguments],
+        env={**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (record,) = read_results(tmp_path / "out" / "results.json")
+    assert record["rows"] == {"validation": 12}
+    local = predictions_of(model, tmp_path, "validation")
+    lines = (tmp_path / "out" / "sst2" / "predictions_validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == local
+
+
+def predictions_of(model, data_dir, split):
+    """What evaluation.run answers with the same rows from local files."""
+    output = data_dir / "local"
+    arguments = ["--model", str(model), "--tasks", "sst2", "--data_dir", str(data_dir)]
+    assert run.main([*arguments, "--output_dir", str(output), "--splits", split]) == 0
+    lines = (output / "sst2" / f"predictions_{split}.jsonl").read_text().splitlines()
+    return [json.loads(line)["prediction"] for line in lines]

@@ -69,6 +69,14 @@ def test_civil_comments_threshold(tmp_path):
     assert [row["label"] for row in rows] == [0, 0, 1, 1]
 
 
+def test_rows_that_count_for_nothing_are_left_out(tmp_path):
+    rows = [("x", 0), ("y", -1), ("z", 1)]
+    write_csv(tmp_path / "a.csv", rows, ["comment_text", "toxic"])
+    rows, notes = _rows("wiki_toxicity", tmp_path / "a.csv")
+    assert [row["label"] for row in rows] == [0, 1]
+    assert notes == ["a.csv: 1 rows without a label left out"]
+
+
 def test_sentiment140_encodings(tmp_path):
     write_csv(tmp_path / "a.csv", [(0, "x"), (4, "y"), (2, "z"), ("polarity", "tweet"), (4, "w")])
     rows, notes = _rows("sentiment140", tmp_path / "a.csv")
