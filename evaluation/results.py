@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult
 
 from .data import is_labelled
 from .metrics import bootstrap, compute
@@ -163,6 +163,9 @@ def headline(record: dict) -> list[str]:
 
 def eval_results(records: Sequence[dict], date: str | None = None) -> dict[str, str]:
     """{`.eval_results/TASK.yaml`: text}; `date` is ISO 8601, or the commit's."""
+    # Imported here because the huggingface_hub of transformers 4 has neither, and can evaluate.
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
     files = {}
     for record in records:
         name, config, _ = data_set(record["task"])

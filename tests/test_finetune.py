@@ -106,19 +106,19 @@ def test_another_run_in_the_same_folder_is_refused(files, folder, tmp_path, caps
 
 
 def test_it_learns(tmp_path):
-    write_task(tmp_path / "files", "imdb", 64)
+    write_task(tmp_path / "files", "imdb", 200)
     task = get_task("imdb")
     texts = [*task.words]
     for rows in load(task, tmp_path / "files").rows.values():
         texts += [task.input_text(row) for row in rows]
     make_tokenizer(texts).save_pretrained(tmp_path / "tokenizer")
-    more = ["--tokenizer", tmp_path / "tokenizer", "--max_steps", 60]
+    more = ["--tokenizer", tmp_path / "tokenizer", "--max_steps", 60, "--learning_rate", 0.01]
     more += ["--per_device_train_batch_size", 16, "--config_overrides", "dropout_rate=0.0"]
     out = tmp_path / "out"
     assert run("imdb", "lightweight-tiny", out, *more, data=tmp_path / "files") == 0
     (record,) = read_results(out / "results.json")
     assert record["metrics"]["accuracy"]["mean"] > 0.95
-    assert record["rows"] == {"train": 58, "validation": 6, "test": 64}
+    assert record["rows"] == {"train": 180, "validation": 20, "test": 200}
 
 
 @pytest.mark.parametrize(

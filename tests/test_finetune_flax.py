@@ -84,13 +84,13 @@ def test_label_scores_are_pytorchs(files, folder):
 
 
 def test_it_learns_from_nothing_and_resumes_by_seed(tmp_path):
-    write_task(tmp_path / "files", "imdb", 64)
+    write_task(tmp_path / "files", "imdb", 200)
     task, texts = get_task("imdb"), []
     for rows in load(task, tmp_path / "files").rows.values():
         texts += [*task.words, *(task.input_text(row) for row in rows)]
     make_tokenizer(texts).save_pretrained(tmp_path / "tokenizer")
     more = ["--tokenizer", tmp_path / "tokenizer", "--dropout_rate", 0, "--max_steps", 60]
-    more += ["--batch_size", 16, "--seeds", 0]
+    more += ["--batch_size", 16, "--seeds", 0, "--learning_rate", 0.01]
     out = tmp_path / "out"
     assert run("imdb", "lightweight-tiny", tmp_path / "files", out, *more) == 0
     (record,) = read_results(out / "results.json")
