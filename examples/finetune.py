@@ -236,7 +236,7 @@ def arguments_of_seed(training: TrainArguments, seed: int, rows: int, metric: st
     steps = training.max_steps
     if steps <= 0:
         steps = math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
-    training.eval_steps = int(training.eval_steps or max(1, steps // EVALUATIONS))
+    training.eval_steps = min(steps, int(training.eval_steps or max(1, steps // EVALUATIONS)))
     training.save_steps = training.eval_steps
     training.eval_strategy, training.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
     training.load_best_model_at_end = training.greater_is_better = True
@@ -297,10 +297,9 @@ def run_seed(
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     main_process = trainer.is_world_process_zero()
-    final = {split: trainer.answer(some) for split, some in rows.final.items() if some}
-    answers = {id(rows.final[split]): found for split, found in final.items()}
+    # Every process answers its share; the first one keeps the predictions.
     metrics, intervals = evaluate_splits(
-        task, rows.final, lambda some: answers[id(some)], folder if main_process else None
+        task, rows.final, trainer.answer, folder if main_process else None
     )
     result = {
         "metrics": metrics,
@@ -310,14 +309,19 @@ def run_seed(
         "history": trainer.state.log_history,
     }
     if main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        save_model(trainer, folder / "model")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         write_json(finished, result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def save_model(trainer: TaskTrainer, folder: Path) -> None:
+    """The model, its adapters merged, and its tokenizer: a folder that can be published."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
 
 
 def check_output(args: TaskArguments, training: TrainArguments) -> None:
