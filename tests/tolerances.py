@@ -101,3 +101,11 @@ LAYOUT_FLOAT64 = 1e-8
 EXPORT_LOSS = 1e-4
 # optax against Adafactor written as a loop, relative, over some steps in float32.
 OPTIMIZER = 1e-5
+
+# --- Evaluation ----------------------------------------------------------------------------------
+
+# Metrics against scikit-learn's and SciPy's, absolute, on fractions: float64 sums of hundreds of
+# terms, each rounded at 1e-16.
+METRIC = 1e-12
+# A label's log-probability: from one pass over all labels, and from a pass of its own. As logits.
+LABEL_SCORES = 1e-4

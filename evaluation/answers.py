@@ -1,0 +1,88 @@
+"""What every framework's answers have in common: ways of answering, batches, and their meaning."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .metrics import INVALID
+from .tasks import Task
+
+METHODS = ("score", "generate", "head")
+
+
+def check_method(task: Task, method: str | None) -> str:
+    """The way of answering: the one asked for, or the task's own.
+
+    Raises:
+        ValueError: if the task cannot be answered that way.
+    """
+    default = "generate" if task.kind in ("text", "answers") else "score"
+    possible = {
+        "classification": METHODS,
+        "similarity": METHODS,
+        "text": ("generate",),
+        "answers": ("generate", "head"),
+        "entity": ("score", "generate"),
+    }[task.kind]
+    method = method or default
+    if method not in possible:
+        raise ValueError(
+            f"method={method!r} does not answer task {task.name!r}: choose one of "
+            f"{', '.join(possible)}."
+        )
+    return method
+
+
+def longest_target(task: Task, tokenizer, rows: Sequence[dict]) -> int:
+    """The most tokens to generate. Where only the whole text counts, longer ones are wrong."""
+    labels = [row["label"] for row in rows]
+    if task.kind != "text" or None in labels:
+        return task.target_length
+    longest = max(map(len, tokenizer(text_target=labels)["input_ids"]))
+    return min(longest, task.target_length)
+
+
+def from_scores(task: Task, candidates: list[str], log_probabilities: np.ndarray) -> dict:
+    """The answer that the candidates' log-probabilities give, and their shares."""
+    shares = np.exp(log_probabilities - np.logaddexp.reduce(log_probabilities))
+    best = int(np.argmax(log_probabilities))
+    prediction = best
+    if task.kind == "similarity":
+        prediction = float(shares @ np.array([float(word) for word in candidates]))
+    elif task.kind == "entity":
+        prediction = candidates[best]
+    return {"prediction": prediction, "scores": [float(share) for share in shares]}
+
+
+def from_text(task: Task, text: str) -> int | float | str:
+    """What a generated text means: a class (or `INVALID`), a similarity, or itself."""
+    if task.kind == "classification":
+        words = [word.lower() for word in task.words]
+        word = " ".join(text.lower().split())
+        return words.index(word) if word in words else INVALID
+    if task.kind == "similarity":
+        try:
+            return float(np.clip(float(text.replace(" ", "")), 0, 5))
+        except ValueError:
+            return 2.5  # no number: the middle
+    return text
+
+
+def from_logits(task: Task, logits: np.ndarray) -> dict:
+    """The answer of a classification head (num_labels,), and the classes' probabilities."""
+    if task.kind == "similarity":
+        return {"prediction": float(np.clip(logits[0], 0, 5))}
+    shares = np.exp(logits - np.logaddexp.reduce(logits))
+    return {"prediction": int(np.argmax(logits)), "scores": [float(share) for share in shares]}
+
+
+def batches(texts: Sequence[str], sizes: Sequence[int], most: int, rows: int) -> list[list[int]]:
+    """Row numbers in batches: longest texts first, at most `rows` rows and `most` of `sizes`."""
+    found, total = [[]], 0
+    for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
+        if found[-1] and (len(found[-1]) == rows or total + sizes[i] > most):
+            found.append([])
+            total = 0
+        found[-1].append(i)
+        total += sizes[i]
+    return found if found[0] else []

@@ -1,0 +1,105 @@
+"""Which rows train, which choose the checkpoint, and which are answered once, at the end."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .data import Data, is_labelled, load, read_file
+from .tasks import ANSWERED_BY, Task, custom_task, get_task
+
+HELD_OUT = 0.1  # of the training rows, where the task has no split to spare
+AT_MOST = 2000
+
+
+@dataclass
+class Arrangement:
+    """Rows to train on, rows that choose the checkpoint, and the splits answered at the end."""
+
+    train: list[dict]
+    selection: list[dict]
+    final: dict[str, list[dict]]
+
+
+def load_task(
+    name: str,
+    data_dir: str | None,
+    files: Sequence[str | None] = (None, None, None),
+    text_column: str = "text",
+    label_column: str = "label",
+) -> tuple[Task, Data]:
+    """A task and its rows; `custom` takes its label words from its training file.
+
+    Args:
+        files: of `custom`: for training, and if there are any for validation and test.
+
+    Raises:
+        ValueError: for a file that is missing or cannot be understood.
+    """
+    if name != "custom":
+        task = get_task(name)
+        return task, load(task, data_dir)
+    if not files[0]:
+        raise ValueError("task `custom` needs --train_file, and --text_column, --label_column.")
+    as_text = replace(custom_task([], text_column, label_column), kind="text", metrics=())
+    labels = {row["label"] for row in read_file(as_text, files[0], [])} - {None}
+    if len(labels) < 2:
+        raise ValueError(
+            f"label_column={label_column!r} of {files[0]} has the values {sorted(labels)}: "
+            "expected at least two classes. Check its name."
+        )
+    task, data = custom_task(sorted(labels), text_column, label_column), Data()
+    for split, path in zip(("train", "validation", "test"), files, strict=True):
+        if path:
+            data.rows[split] = read_file(task, path, data.notes, split)
+    return task, data
+
+
+def arrange(
+    task: Task,
+    data: Data,
+    max_train_rows: int | None = None,
+    max_validation_rows: int | None = AT_MOST,
+    max_test_rows: int | None = None,
+) -> Arrangement:
+    """Give each row one purpose, the same whatever the seed of a training.
+
+    The split that is reported never chooses a checkpoint: where it is the validation split, because
+    there are no labelled test rows, a part of the training rows chooses. `data.notes` says so.
+
+    Raises:
+        ValueError: if there are no labelled training rows.
+    """
+    rows = dict(data.rows)
+    train = [row for row in rows.pop("train", []) if row["label"] is not None]
+    if not train:
+        hint = ""
+        if task.name in ANSWERED_BY:
+            hint = f" It is answered by a model of {ANSWERED_BY[task.name]}: use evaluation.run."
+        raise ValueError(f"Task {task.name!r} has no labelled training rows here.{hint}")
+    generator = random.Random(0)
+    generator.shuffle(train)
+    if is_labelled(rows.get("test", [])) and is_labelled(rows.get("validation", [])):
+        selection = rows.pop("validation")
+        generator.shuffle(selection)
+    else:
+        train, selection = _hold_out(train, "validation", data.notes)
+    if not any(is_labelled(some) for some in rows.values()):
+        train, rows["test"] = _hold_out(train, "test", data.notes)
+    if max_train_rows is not None and len(train) > max_train_rows:
+        data.notes.append(f"train: {max_train_rows} of {len(train)} rows used")
+        train = train[:max_train_rows]
+    final = {split: some[:max_test_rows] for split, some in rows.items()}
+    if max_test_rows is not None:
+        data.notes.append(f"at most {max_test_rows} rows of each split evaluated")
+    return Arrangement(train, selection[:max_validation_rows], final)
+
+
+def _hold_out(train, purpose, notes):
+    count = min(AT_MOST, max(1, int(len(train) * HELD_OUT)))
+    if count >= len(train):
+        raise ValueError(
+            f"{len(train)} training rows are too few to keep some back for {purpose}: give a "
+            "validation file and a test file."
+        )
+    notes.append(f"{purpose}: {count} training rows held out")
+    return train[count:], train[:count]

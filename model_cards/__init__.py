@@ -1,0 +1,1 @@
+"""Model cards, one for each checkpoint, and their way onto the Hub."""
