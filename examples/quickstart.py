@@ -111,7 +111,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     pretraining = parser.add_argument_group("pre-training")
     add(pretraining, "raw_length", 141, "tokens of a row before corruption")
     add(pretraining, "batch_size", 32, "rows of a batch")
-    add(pretraining, "pretrain_steps", 1200, "optimizer steps")
+    add(pretraining, "pretrain_steps", 1000, "optimizer steps")
     add(pretraining, "pretrain_rate", 2e-2, "peak learning rate")
     add(pretraining, "checkpoint_every", 200, "steps from one checkpoint to the next")
 
