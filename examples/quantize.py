@@ -1,6 +1,6 @@
 """A saved model with eight-bit weights, in a folder that opens like any other.
 
-    pip install torchao
+    pip install "convt5[int8]"
     python examples/quantize.py --model FOLDER --output FOLDER-int8
 
 Every dense layer but the output's is stored as int8 with one scale for each of its rows; token

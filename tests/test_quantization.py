@@ -9,7 +9,7 @@ from conftest import tiny_config
 
 from modeling_convt5 import ConvT5ForConditionalGeneration
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", reason="torchao (the extra `int8`) is not installed")
 
 from torchao.quantization import Int8WeightOnlyConfig  # noqa: E402
 from torchao.utils import TorchAOBaseTensor  # noqa: E402

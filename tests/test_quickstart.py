@@ -90,7 +90,7 @@ def test_hub_folder_and_card(smoke):
 
 
 def test_eight_bit_weights_of_the_quickstart(smoke, tmp_path):
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="torchao (the extra `int8`) is not installed")
     folder, _, _ = smoke
     command = [sys.executable, ROOT / "examples" / "quantize.py", "--model", folder / "hub"]
     command += ["--output", tmp_path / "int8", "--quickstart", folder]
