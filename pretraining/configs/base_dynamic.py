@@ -5,11 +5,11 @@ The paper's settings.
 command    python -m pretraining.main --config pretraining/configs/base_dynamic.py \\
                --workdir DIR --override data_dir=RECORDS
 parameters 209,005,056
-tokens     38.1 G raw, 128 x 568 a step
+tokens     3.81e+10, 128 x 568 raw ones a step
 FLOPs      4.23e+13 a step, 2.22e+19 in all
-16 TPU v3 chips    18.6 steps/s     7.8 h  (computed, not run)
-v5e-8              14.9 steps/s     9.8 h  (computed, not run)
-v4-32 pod          41.6 steps/s     3.5 h  (computed, not run)
+16 TPU v3 chips    18.59 steps/s     7.83 h  (computed, not run)
+v5e-8              14.89 steps/s     9.78 h  (computed, not run)
+v4-32 pod          41.56 steps/s      3.5 h  (computed, not run)
 result     not run yet
 """
 

@@ -5,11 +5,11 @@ Ours: the paper gives base only. Layers are computed again in the backward pass.
 command    python -m pretraining.main --config pretraining/configs/large_dynamic.py \\
                --workdir DIR --override data_dir=RECORDS
 parameters 688,023,552
-tokens     38.1 G raw, 128 x 568 a step
+tokens     3.81e+10, 128 x 568 raw ones a step
 FLOPs      1.46e+14 a step, 7.63e+19 in all
-16 TPU v3 chips     5.4 steps/s    26.9 h  (computed, not run)
-v5e-8               4.3 steps/s    33.6 h  (computed, not run)
-v4-32 pod          12.1 steps/s    12.0 h  (computed, not run)
+16 TPU v3 chips     5.41 steps/s     26.9 h  (computed, not run)
+v5e-8              4.332 steps/s     33.6 h  (computed, not run)
+v4-32 pod          12.09 steps/s       12 h  (computed, not run)
 result     not run yet
 """
 

@@ -5,11 +5,11 @@ Ours: the paper gives base only.
 command    python -m pretraining.main --config pretraining/configs/small_dynamic.py \\
                --workdir DIR --override data_dir=RECORDS
 parameters 57,446,400
-tokens     38.1 G raw, 128 x 568 a step
+tokens     3.81e+10, 128 x 568 raw ones a step
 FLOPs      1.04e+13 a step, 5.45e+18 in all
-16 TPU v3 chips    75.7 steps/s     1.9 h  (computed, not run)
-v5e-8              60.6 steps/s     2.4 h  (computed, not run)
-v4-32 pod         169.2 steps/s     0.9 h  (computed, not run)
+16 TPU v3 chips    75.68 steps/s     1.92 h  (computed, not run)
+v5e-8              60.61 steps/s      2.4 h  (computed, not run)
+v4-32 pod          169.2 steps/s    0.861 h  (computed, not run)
 result     not run yet
 """
 
