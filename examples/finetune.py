@@ -241,6 +241,7 @@ def arguments_of_seed(training: TrainArguments, seed: int, rows: int, metric: st
     training.eval_strategy, training.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
     training.load_best_model_at_end = training.greater_is_better = True
     training.metric_for_best_model = f"eval_{metric}"
+    training.restore_callback_states_from_checkpoint = True  # how long no gain was seen
     return training
 
 

@@ -166,7 +166,8 @@ def run_seed(args, task: Task, method: str, rows: Arrangement, seed: int) -> dic
     finished = folder / "metrics.json"
     if finished.is_file():
         return json.loads(finished.read_text("utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    revision = None if args.tokenizer else args.revision
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, revision=revision)
     model, best, history = train(args, task, method, rows, tokenizer, seed)
     graphdef, state = nnx.split(model)
     metrics, intervals = evaluate_splits(
