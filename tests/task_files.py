@@ -81,7 +81,7 @@ def sst2(folder, split, generator, count):
     if split == "test":  # GLUE hides its labels
         rows = [(i, text) for i, (text, _) in enumerate(rows)]
     header = ["index", "sentence"] if split == "test" else ["sentence", "label"]
-    write_tsv(folder / f"{split}.tsv", rows, header)
+    write_tsv(folder / f"{_glue_split(split)}.tsv", rows, header)
 
 
 def sentiment140(folder, split, generator, count):

@@ -38,6 +38,8 @@ def hub(monkeypatch, tmp_path):
             server.url + "/{repo_id}/resolve/{revision}/{filename}",
         )
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        # transformers keeps a client of its own, made when it is first needed.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # retries at once
         yield server
