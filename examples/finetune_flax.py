@@ -118,9 +118,7 @@ def make_model(args: argparse.Namespace, task: Task, tokenizer, seed: int):
     dtypes = {"param_dtype": jnp.float32, "dtype": jnp.bfloat16 if args.bf16 else jnp.float32}
     if args.model in PRESETS:
         config = ConvT5Config.from_preset(args.model, vocab_size=len(tokenizer), **fields)
-        model = FlaxConvT5ForConditionalGeneration(config, rngs=nnx.Rngs(seed), **dtypes)
-        model.name_or_path = args.model
-        return model
+        return FlaxConvT5ForConditionalGeneration(config, rngs=nnx.Rngs(seed), **dtypes)
     return FlaxConvT5ForConditionalGeneration.from_pretrained(
         args.model, revision=args.revision, **dtypes, **fields
     )
