@@ -290,7 +290,9 @@ def poisoned(ready, tmp_path):
     folder, settings = tmp_path / "records", ready[1]
     shutil.copytree(ready[0] / "records", folder)
     tokens = np.fromfile(folder / "00000-train.tokens", "<u2")
-    batches = Batches(settings, open_tokenizer(settings.tokenizer), folder, "train", np.arange(4))
+    # The batches' threads read ahead from a memory map: of the other folder, whose file stays.
+    source = ready[0] / "records"
+    batches = Batches(settings, open_tokenizer(settings.tokenizer), source, "train", np.arange(4))
     fifth = next(batch for number, batch in enumerate(batches, 1) if number == 5)
     row = min(fifth["rows"].tolist())
     tokens[row * settings.raw_length] = 60_000
