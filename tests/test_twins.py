@@ -51,6 +51,8 @@ ONLY_PYTORCH = {
     # torch.nn's dropout knows whether it is training; Flax passes a key.
     "ConvT5Convolution._dropped_filter",
     "ConvT5Convolution._dropout",
+    # transformers' modules of activations; Flax has functions.
+    "activation_function",
 }
 ONLY_FLAX = {
     # torch.nn has them.
@@ -58,6 +60,12 @@ ONLY_FLAX = {
     "FlaxEmbedding",
     "FlaxRMSNorm",
     "drop",
+    # PyTorch's half-precision kernels work in float32 and round at their end; XLA is told to.
+    "widen",
+    "narrow",
+    "wide_matmul",
+    "add",
+    "activate",
     # Cross-attention's keys and values are computed before the loop over tokens.
     "FlaxConvT5Attention.keys_values",
     "FlaxConvT5Stack.init_cache",

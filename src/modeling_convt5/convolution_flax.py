@@ -231,7 +231,7 @@ def normalize_filter(
     filter: jax.Array, dropout: float = 0.0, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
     """Softmax over the taps, in float32 or wider, then DropConnect: (..., K) -> (..., K)."""
-    filter = jax.nn.softmax(filter.astype(_accumulation_dtype(filter)), axis=-1)
+    filter = jax.nn.softmax(widen(filter), axis=-1)
     return drop(filter, dropout, dropout_rng)
 
 
@@ -244,9 +244,10 @@ def predict_filter(
     dropout_rng: jax.Array | None = None,
 ) -> jax.Array:
     """Normalised filters (B, L, F, K) predicted from source (B, L, D); see `dynamic_conv`."""
-    logits = source @ weight.T
+    logits = wide_matmul(source, weight.T)
     if bias is not None:
         logits = logits + bias
+    logits = narrow(logits, source.dtype)
     logits = logits.reshape(*logits.shape[:-1], -1, kernel_size)
     return normalize_filter(logits, dropout, dropout_rng)
 
@@ -259,6 +260,37 @@ def hide_padding(
         if tokens is not None:
             x = jnp.where((tokens != 0)[:, :, None], x, jnp.zeros((), x.dtype))
     return x
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 if that is what it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x rounded to `dtype`, once and for all.
+
+    A cast alone does not hold: where XLA joins operations it goes on with what a bfloat16 would
+    have lost, so that results would depend on what is compiled together.
+    """
+    if dtype == jnp.bfloat16:
+        info = jnp.finfo(dtype)
+        x = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
+
+
+@jax.custom_vjp
+def wide_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x @ y in float32 or wider; the products of its backward pass have the operands' dtype."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _wide_matmul_backward(operands, gradient):
+    _, backward = jax.vjp(jnp.matmul, *operands)
+    return backward(gradient.astype(operands[0].dtype))
+
+
+wide_matmul.defvjp(lambda x, y: (wide_matmul(x, y), (x, y)), _wide_matmul_backward)
 
 
 def drop(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
@@ -294,7 +326,7 @@ def _shift(origin, dilation, sharing, x, filter, keys, queries, length):
         inputs = _within(inputs, queries, window_keys, i * dilation, length)
         term = inputs * _per_channel(filter[..., i], x.shape[-1], sharing)
         y = term if y is None else y + term
-    return y.astype(x.dtype)
+    return narrow(y, x.dtype)
 
 
 def _convolve_forward(origin, dilation, sharing, x, filter, keys, queries):

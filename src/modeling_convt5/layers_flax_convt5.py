@@ -3,6 +3,7 @@
 Parameters have the names and the shapes of the PyTorch twin's, so that a parameter's path is its
 key in model.safetensors and no weight is ever transposed. They are kept in `param_dtype` and
 computed with in `dtype`. Dropout is drawn from the key `dropout_rng`; without one nothing drops.
+In half precision each operation works in float32 and rounds once, where PyTorch's does.
 
 Shapes: B batch, L length, D d_model, F num_filters, K kernel_size, N num_heads, H d_kv.
 """
@@ -25,8 +26,11 @@ from .convolution_flax import (
     dynamic_conv,
     hide_padding,
     lightweight_conv,
+    narrow,
     normalize_filter,
     predict_filter,
+    wide_matmul,
+    widen,
 )
 
 # T5's "gelu" is exact and "gelu_new" the tanh approximation, as in transformers.
@@ -61,8 +65,10 @@ class FlaxLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., in_features) -> (..., out_features), in `dtype`."""
-        y = x.astype(self.dtype) @ self.weight[...].astype(self.dtype).T
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = wide_matmul(x.astype(self.dtype), self.weight[...].astype(self.dtype).T)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return narrow(y, self.dtype)
 
 
 class FlaxEmbedding(nnx.Module):
@@ -84,11 +90,12 @@ class FlaxEmbedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """(...) integers -> (..., D), in `dtype`; NaN for an id that is no row of the table."""
-        return jnp.take(self.weight[...], ids, axis=0, mode="fill").astype(self.dtype)
+        return narrow(jnp.take(self.weight[...], ids, axis=0, mode="fill"), self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """(..., D) -> (..., rows): the tied logits, in `dtype`."""
-        return x.astype(self.dtype) @ self.weight[...].astype(self.dtype).T
+        logits = wide_matmul(x.astype(self.dtype), self.weight[...].astype(self.dtype).T)
+        return narrow(logits, self.dtype)
 
 
 class FlaxRMSNorm(nnx.Module):
@@ -99,9 +106,9 @@ class FlaxRMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full(features, config.initializer_factor, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = widen(x)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * scale * self.weight[...].astype(wide.dtype)).astype(x.dtype)
+        return narrow(wide * scale * self.weight[...].astype(wide.dtype), x.dtype)
 
 
 class FlaxConvT5Convolution(nnx.Module):
@@ -159,18 +166,18 @@ class FlaxConvT5Convolution(nnx.Module):
         """
         x = saturate(self.in_proj(hidden_states))
         if self.gate:
-            value, gate = jnp.split(x, 2, axis=-1)
-            x = value * jax.nn.sigmoid(gate)
+            value, gate = jnp.split(widen(x), 2, axis=-1)
+            x = narrow(value * jax.nn.sigmoid(gate), x.dtype)
         if state is None:
             y = self._convolve(x, tokens, segment_ids, dropout_rng)
         else:
             y, state = self._decode(x, tokens, state)
         if self.conv_bias is not None:
-            y = y + self.conv_bias[...].astype(y.dtype)
+            y = add(y, self.conv_bias[...].astype(y.dtype))
         if self.pointwise is not None:
             y = self.pointwise(y)
         if self.activation != "linear":
-            y = ACT2FN[self.activation](y)
+            y = activate(self.activation, y)
         return self.out_proj(saturate(y)), state
 
     def _convolve(self, x, tokens, segment_ids, dropout_rng):
@@ -271,12 +278,15 @@ class FlaxConvT5Attention(nnx.Module):
 
 def eager_attention_forward(query, key, value, attention_mask, dropout=0.0, dropout_rng=None):
     """The definition of attention: (B, N, L, H), (B, N, keys, H) -> (B, L, N, H) and weights."""
-    scores = saturate(query @ key.swapaxes(2, 3))
+    scores = wide_matmul(query, key.swapaxes(2, 3))
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = jax.nn.softmax(scores.astype(jnp.promote_types(query.dtype, jnp.float32)), axis=-1)
-    weights = drop(weights.astype(query.dtype), dropout, dropout_rng)
-    return (weights @ value).swapaxes(1, 2), weights
+    # Normalised after the product with the values, as PyTorch's sdpa does.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    weights = drop(narrow(weights, query.dtype), dropout, dropout_rng)
+    output = narrow(wide_matmul(weights, value) / total, query.dtype)
+    return output.swapaxes(1, 2), narrow(weights / total, query.dtype)
 
 
 class FlaxConvT5MLP(nnx.Module):
@@ -297,11 +307,11 @@ class FlaxConvT5MLP(nnx.Module):
         self.activation, self.dropout = config.dense_act_fn, config.dropout_rate
 
     def __call__(self, hidden_states: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
-        activation = ACT2FN[self.activation]
         if self.gated:
-            hidden = activation(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+            gate = activate(self.activation, self.wi_0(hidden_states))
+            hidden = narrow(widen(gate) * widen(self.wi_1(hidden_states)), gate.dtype)
         else:
-            hidden = activation(self.wi(hidden_states))
+            hidden = activate(self.activation, self.wi(hidden_states))
         return self.wo(saturate(drop(hidden, self.dropout, dropout_rng)))
 
 
@@ -374,7 +384,7 @@ class FlaxConvT5Layer(nnx.Module):
             mixed, past_key_values = self.mixer(
                 normed, tokens, segment_ids, past_key_values, rngs[0]
             )
-        hidden_states = saturate(hidden_states + drop(mixed, self.dropout, rngs[1]))
+        hidden_states = add(hidden_states, drop(mixed, self.dropout, rngs[1]))
         if self.cross_attention is not None and encoder_hidden_states is not None:
             normed = self.pre_cross_attention_norm(hidden_states)
             attended, cross_weights, past_key_values = self.cross_attention(
@@ -386,9 +396,9 @@ class FlaxConvT5Layer(nnx.Module):
                 None,
                 rngs[2],
             )
-            hidden_states = saturate(hidden_states + drop(attended, self.dropout, rngs[3]))
+            hidden_states = add(hidden_states, drop(attended, self.dropout, rngs[3]))
         mixed = drop(self.mlp(self.pre_mlp_norm(hidden_states), rngs[4]), self.dropout, rngs[5])
-        hidden_states = saturate(hidden_states + mixed)
+        hidden_states = add(hidden_states, mixed)
         return hidden_states, self_weights, cross_weights, past_key_values
 
 
@@ -401,6 +411,16 @@ def saturate(x: jax.Array) -> jax.Array:
     if x.dtype != jnp.float16:
         return x
     return jnp.clip(x, jnp.finfo(x.dtype).min, jnp.finfo(x.dtype).max)
+
+
+def add(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y in the dtype of x, summed in float32 and rounded once."""
+    return saturate(narrow(widen(x) + widen(y), x.dtype))
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """The activation of that name, in float32 and rounded once."""
+    return narrow(ACT2FN[name](widen(x)), x.dtype)
 
 
 def split_rng(rng: jax.Array | None, count: int) -> list[jax.Array | None]:

@@ -28,7 +28,13 @@ from .checkpoint_flax_convt5 import FlaxCheckpointMixin  # noqa: F401
 from .configuration_convt5 import ConvT5Config  # noqa: F401
 from .convolution_flax import depthwise_conv, drop, dynamic_conv, lightweight_conv  # noqa: F401
 from .generation_flax_convt5 import FlaxGenerationConfig, FlaxGenerationMixin  # noqa: F401
-from .layers_flax_convt5 import FlaxConvT5ClassificationHead, FlaxLinear, split_rng
+from .layers_flax_convt5 import (
+    FlaxConvT5ClassificationHead,
+    FlaxLinear,
+    narrow,
+    split_rng,
+    widen,
+)
 from .masks_flax_convt5 import FlaxTokenMasks  # noqa: F401
 from .outputs_flax_convt5 import (
     FlaxBaseModelOutput,
@@ -308,7 +314,8 @@ class FlaxConvT5ForConditionalGeneration(_FlaxConvT5EncoderDecoder, FlaxGenerati
 
     def _logits(self, hidden_states):
         if self.config.scale_decoder_outputs:
-            hidden_states = hidden_states * self.config.d_model**-0.5
+            scaled = widen(hidden_states) * self.config.d_model**-0.5
+            hidden_states = narrow(scaled, hidden_states.dtype)
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         return self._tables("decoder")[0].attend(hidden_states)

@@ -20,7 +20,10 @@ from .layers_flax_convt5 import (
     FlaxEmbedding,
     FlaxLinear,
     FlaxRMSNorm,
+    add,
+    narrow,
     split_rng,
+    widen,
 )
 from .masks_flax_convt5 import (
     FlaxTokenMasks,
@@ -209,11 +212,12 @@ class FlaxConvT5Stack(nnx.Module):
         hidden_states = self._embed(inputs_embeds, masks, tables[1])
         if self.encoder_summary is not None:
             if past_key_values is not None:
-                hidden_states = hidden_states + past_key_values.encoder_summary
+                hidden_states = add(hidden_states, past_key_values.encoder_summary)
             elif encoder_hidden_states is not None:
-                hidden_states = hidden_states + self._summarise(
+                summary = self._summarise(
                     encoder_hidden_states, encoder_attention_mask, encoder_segment_ids, segment_ids
                 )
+                hidden_states = add(hidden_states, summary)
         first_rng, *rngs, last_rng = split_rng(dropout_rng, len(self.layers) + 2)
         hidden_states = drop(hidden_states, self.config.dropout_rate, first_rng)
         tokens = masks.tokens
@@ -363,7 +367,8 @@ class FlaxConvT5Stack(nnx.Module):
 
     def _embed(self, inputs_embeds, masks, positions_table):
         if self.config.scale_embeddings:
-            inputs_embeds = inputs_embeds * self.config.d_model**0.5
+            scaled = widen(inputs_embeds) * self.config.d_model**0.5
+            inputs_embeds = narrow(scaled, inputs_embeds.dtype)
         if self.config.position_embeddings is None:
             return inputs_embeds
         # Padding repeats the position of its neighbour, so the length bounds every position. What
@@ -377,8 +382,9 @@ class FlaxConvT5Stack(nnx.Module):
             )
         positions = masks.positions()
         if positions_table is not None:
-            return inputs_embeds + positions_table(positions)
-        return inputs_embeds + sinusoids(positions, self.config.d_model).astype(inputs_embeds.dtype)
+            return add(inputs_embeds, positions_table(positions))
+        positions = sinusoids(positions, self.config.d_model)
+        return add(inputs_embeds, narrow(positions, inputs_embeds.dtype))
 
     def _hide_start(self, input_ids, tokens):
         if input_ids is None:
@@ -401,7 +407,7 @@ class FlaxConvT5Stack(nnx.Module):
                 weights = weights * (tokens != 0)[:, None, :]
         weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)
         mean = weights @ hide_padding(states, encoder_mask, encoder_segments).astype(dtype)
-        return self.encoder_summary(mean.astype(states.dtype))
+        return self.encoder_summary(narrow(mean, states.dtype))
 
     def _spread(self, hidden_states):
         """Keep a batch spread over the mesh; left to itself XLA may gather it on each device."""
