@@ -433,7 +433,7 @@ def plot(results: dict, path: Path) -> None:
     cells = {tuple(json.loads(key)): cell for key, cell in results["cells"].items() if cell}
     models, baseline = contestants(results)
     flax = results["settings"]["framework"] == "flax"
-    layers = min(job[1] for job in cells if job[0] in ("encoder", "memory"))
+    layers = min((job[1] for job in cells if job[0] == "encoder"), default=None)
     panels = [("encoder", "forward"), ("encoder", "forward+backward"), ("memory", False)]
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for axis, (part, what) in zip(axes, panels, strict=True):

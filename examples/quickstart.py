@@ -7,9 +7,10 @@ what changed and an interrupted run goes on where it stopped:
 
 1. text        docstrings of the installed packages (documentation_text.py), or a Hub data set
 2. tokenizer   Unigram with T5's special tokens and 100 sentinels
-3. pretrain    a small lightweight ConvT5 by span corruption (15 % noise, spans of 3 tokens)
-4. finetune    2,000 labelled docstrings -> the package they document, names masked; pre-trained
-               and not, each at the learning rate that is best on validation files; 3 seeds
+3. pretrain    in Flax, a small lightweight ConvT5 by span corruption (15 % noise, spans of 3)
+4. finetune    in PyTorch, 2,000 labelled docstrings -> the package they document, names masked;
+               pre-trained and not, each at the learning rate that is best on validation files;
+               3 seeds
 5. publish     a folder for the Hub, reloaded by remote code in a new process; table, figure, card
 
 The numbers of the table, the figure and the card come from results.json alone.
@@ -42,7 +43,7 @@ SMOKE = {
     "dilations": [1],
     "num_heads": 2,
     "d_kv": 16,
-    "raw_length": 64,
+    "inputs_length": 58,
     "batch_size": 16,
     "pretrain_steps": 30,
     "checkpoint_every": 10,
@@ -109,10 +110,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(model, "dilations", [1, 2, 4], "distances between taps, one an encoder layer")
 
     pretraining = parser.add_argument_group("pre-training")
-    add(pretraining, "raw_length", 141, "tokens of a row before corruption")
+    add(pretraining, "inputs_length", 128, "tokens of a corrupted row, from 141 raw ones")
     add(pretraining, "batch_size", 32, "rows of a batch")
     add(pretraining, "pretrain_steps", 1000, "optimizer steps")
-    add(pretraining, "pretrain_rate", 2e-2, "peak learning rate")
     add(pretraining, "checkpoint_every", 200, "steps from one checkpoint to the next")
 
     task = parser.add_argument_group("fine-tuning")
@@ -158,8 +158,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             f"--vocab_size (={args.vocab_size}) must be at least 500: 100 are "
             "sentinels, and every character needs a piece."
         )
-    if args.raw_length < 8:
-        parser.error(f"--raw_length (={args.raw_length}) must be at least 8 tokens.")
+    if args.inputs_length < 8:
+        parser.error(f"--inputs_length (={args.inputs_length}) must be at least 8 tokens.")
     if args.labels < len(args.packages):
         parser.error(
             f"--labels (={args.labels}) must be at least the number of packages, "
@@ -252,14 +252,14 @@ def run(args: argparse.Namespace) -> dict:
 
     config = model_fields(args)
     settings = {"tokenizer": folder.name, **config} | select(
-        args, "raw_length", "batch_size", "pretrain_steps", "pretrain_rate"
+        args, "inputs_length", "batch_size", "pretrain_steps"
     )
     pretrained = stages.run(
         "pretrain",
         settings,
-        lambda it: training.make_pretrained(args, config, tokenizer, texts, it),
+        lambda it: training.make_pretrained(args, config, folder.absolute(), texts, it.absolute()),
     )
-    runs = finetune_all(args, stages, training, rows, tokenizer, config, pretrained)
+    runs = finetune_all(args, stages, training, rows, tokenizer, pretrained)
     return publish(args, stages, training, report, rows, tokenizer, pretrained, runs, start)
 
 
@@ -284,7 +284,7 @@ def labelled_data(args, training, rows: list[dict], seed: int) -> dict[str, list
     }
 
 
-def finetune_all(args, stages, training, rows, tokenizer, config, pretrained: Path) -> dict:
+def finetune_all(args, stages, training, rows, tokenizer, pretrained: Path) -> dict:
     """Both models over all seeds, each at the learning rate best on validation with one seed.
 
     Returns:
@@ -297,10 +297,8 @@ def finetune_all(args, stages, training, rows, tokenizer, config, pretrained: Pa
         settings = {"kind": kind, "rate": rate, "seed": seed, "from": pretrained.name, **common}
 
         def make(folder: Path) -> None:
-            model = training.new_model(
-                len(tokenizer), args.dropout_rate, config, seed,
-                pretrained if kind == "pretrained" else None,
-            )  # fmt: skip
+            start = pretrained / "convt5-pretrained"
+            model = training.new_model(start, args.dropout_rate, seed, kind == "scratch")
             data = labelled_data(args, training, rows, seed)
             label = f"fine-tuning, {kind}, rate {rate:g}, seed {seed}"
             training.make_finetuned(args, model, tokenizer, data, rate, seed, label, folder)
@@ -369,7 +367,9 @@ def publish(args, stages, training, report, rows, tokenizer, pretrained, runs, s
         "example": {"text": sample[0]["text"][:200], "prediction": here[0],
                     "label": sample[0]["label"]},
         "filled": training.fill_spans(
-            AutoModelForSeq2SeqLM.from_pretrained(pretrained), tokenizer, held_out[0]
+            AutoModelForSeq2SeqLM.from_pretrained(pretrained / "convt5-pretrained"),
+            tokenizer,
+            held_out[0],
         ),
         "settings": {key: value for key, value in vars(args).items() if key != "output_dir"},
         "seconds": {**stages.seconds, "this_run": time.perf_counter() - start},
@@ -384,7 +384,7 @@ def publish(args, stages, training, report, rows, tokenizer, pretrained, runs, s
     print("\n" + report.table(results) + "\n\n" + report.verdict(results))
     print(f"\nMasked     {results['filled']['input']}\nFilled     {results['filled']['filled']}")
     print(f"\n{hub}: model, tokenizer, code, README.md, results.json, results.png")
-    print(f"{pretrained}: the pre-trained model, to fine-tune on a task of your own", flush=True)
+    print(f"{pretrained / 'convt5-pretrained'}: the pre-trained model, for a task of your own")
     if results["reload"]["identical"] < results["reload"]["compared"]:
         raise training.QuickstartError(
             f"The reloaded model predicts differently: {results['reload']}."

@@ -146,7 +146,7 @@ use it for decisions about people or in products.
   encoder layers of {settings["kernel_size"]} taps at distances {settings["dilations"]},
   {settings["num_decoder_layers"]} decoder layers with cross-attention.
 - Pre-training: T5's span corruption, 15 % noise, spans of 3 tokens on average; rows of
-  {settings["raw_length"]} raw tokens, {settings["batch_size"]} rows a batch,
+  {settings["inputs_length"]} tokens, {settings["batch_size"]} rows a batch,
   {pretraining["steps"]:,} steps ({pretraining["tokens"] / pretraining["corpus_tokens"]:.1f} passes
   over the text); loss on validation files {pretraining["validation_loss"]:.3f}.
 - Fine-tuning: {rows["train"]:,} labelled docstrings, {settings["finetune_epochs"]} epochs; the

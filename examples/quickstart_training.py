@@ -10,11 +10,13 @@ import platform
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +43,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from examples.documentation_text import PACKAGES
 from modeling_convt5 import ConvT5Config, ConvT5ForConditionalGeneration
 from pretraining.collator import SpanCorruptionCollator
+from pretraining.span_corruption import raw_length_for
 
 NUM_SENTINELS = 100
 MASK_WORD = "package"  # stands for every package name in the classification texts
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 
 
 class QuickstartError(RuntimeError):
@@ -61,6 +65,11 @@ def write_json(path: Path, value) -> None:
 def read_jsonl(path: Path) -> list[dict]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def prepare(threads: int) -> None:
@@ -86,11 +95,20 @@ def make_text(args: Namespace, folder: Path) -> None:
     command = [sys.executable, str(HERE / "documentation_text.py")]
     command += ["--output", str(folder / "docstrings.jsonl"), "--packages", *args.packages]
     command += ["--package_chars", str(args.package_chars)]
-    code = subprocess.run(command).returncode
+    finish(command, "Reading docstrings")
+
+
+def finish(command: list[str], what: str, cwd: Path | None = None) -> None:
+    """Run a command to its end, its output shown; Ctrl-C there is Ctrl-C here.
+
+    Raises:
+        QuickstartError: if it fails.
+    """
+    code = subprocess.run(command, cwd=cwd).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code != 0:
-        raise QuickstartError(f"Reading docstrings failed with exit code {code}, see above.")
+        raise QuickstartError(f"{what} failed with exit code {code}, see above.")
 
 
 def make_hub_text(args: Namespace, folder: Path) -> None:
@@ -119,8 +137,7 @@ def make_hub_text(args: Namespace, folder: Path) -> None:
             f"--dataset_name (={args.dataset_name}): expected a data set that `datasets` can "
             f"stream, and a network connection. It says: {error}"
         ) from error
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_jsonl(folder / "text.jsonl", rows)
 
 
 def make_tokenizer(args: Namespace, texts: list[str], folder: Path) -> None:
@@ -169,65 +186,62 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     write_json(path, {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def token_rows(tokenizer, texts: list[str], raw_length: int) -> np.ndarray:
-    """The texts as one stream, </s> between them, cut into rows: no padding anywhere."""
-    ids = [i for encoded in tokenizer.backend_tokenizer.encode_batch(texts) for i in encoded.ids]
-    count = len(ids) // raw_length
-    if count == 0:
-        raise QuickstartError(
-            f"--raw_length (={raw_length}): the text has only {len(ids)} tokens, not one row."
-        )
-    return np.array(ids[: count * raw_length], dtype=np.int64).reshape(count, raw_length)
+def make_pretrained(args: Namespace, config: dict, tokenizer: Path, texts: dict, folder: Path):
+    """A model pre-trained in Flax, and pretraining.json with its losses.
 
-
-def make_pretrained(args: Namespace, config: dict, tokenizer, texts: dict, folder: Path) -> None:
-    """A model pre-trained by span corruption, and pretraining.json with its losses.
+    The command that a TPU pod runs (pretraining/main.py), here in a process of its own: PyTorch and
+    JAX each have the processors and the memory to themselves. Rerun, it goes on from its last
+    checkpoint.
 
     Args:
         args: the command line.
         config: fields of `ConvT5Config`.
-        tokenizer: from `make_tokenizer`.
+        tokenizer: the folder that `make_tokenizer` wrote.
         texts: "train" and "validation" texts.
-        folder: where model, tokenizer and, until the end, checkpoints go.
+        folder: where the model, in convt5-pretrained, and until the end the run go.
     """
-    rows = {split: token_rows(tokenizer, texts[split], args.raw_length) for split in texts}
-    collator = SpanCorruptionCollator(tokenizer.convert_tokens_to_ids("<extra_id_0>"))
-    torch.manual_seed(0)
-    model = ConvT5ForConditionalGeneration(
-        ConvT5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **config)
-    )
-    trainer, resumed = train(
-        "pre-training",
-        model,
-        [{"input_ids": row} for row in rows["train"]],
-        collator,
-        folder / "checkpoints",
-        args.pretrain_rate,
-        max_steps=args.pretrain_steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        warmup_steps=max(1, args.pretrain_steps // 20),
-        logging_steps=max(1, args.pretrain_steps // 50),
-        save_steps=args.checkpoint_every,
-        save_total_limit=2,
-    )
-    logs = trainer.state.log_history
-    tokens = args.pretrain_steps * args.batch_size * args.raw_length
-    held_out = [{"input_ids": row} for row in rows["validation"][: 16 * args.batch_size]]
+    run, model = folder / "run", folder / "convt5-pretrained"
+    (run / "text").mkdir(parents=True, exist_ok=True)
+    for split, found in texts.items():
+        write_jsonl(run / "text" / f"{split}.jsonl", ({"text": text} for text in found))
+    overrides = {
+        "data_dir": run / "text",
+        "tokenizer": tokenizer / "tokenizer.json",
+        "model_overrides": config,
+        "train_steps": args.pretrain_steps,
+        "batch_size": args.batch_size,
+        "inputs_length": args.inputs_length,
+        "warmup_steps": 2_000,  # the paper's Adafactor, 1 / sqrt(max(step, warmup_steps))
+        "log_every": max(1, args.pretrain_steps // 50),
+        "eval_every": args.pretrain_steps,
+        "eval_batches": 16,
+        "checkpoint_every": args.checkpoint_every,
+    }
+    command = [sys.executable, "-m", "pretraining.main", "--workdir", str(run)]
+    command += ["--config", str(ROOT / "pretraining" / "configs" / "tiny_cpu.py")]
+    command += ["--export", str(model), "--override"]
+    command += [f"{name}={value}" for name, value in overrides.items()]
+    finish(command, "Pre-training", cwd=ROOT)
+    records = read_jsonl(run / "metrics.jsonl")
+    losses = {
+        split: [row for row in records if row["split"] == split] for split in ("train", "eval")
+    }
+    settings = json.loads((model / "config.json").read_text())
+    manifest = json.loads((run / "records" / "manifest.json").read_text())
+    # At the first record nothing but the compilation was timed.
+    speeds = [row["seconds_per_step"] for row in losses["train"] if "seconds_per_step" in row]
+    row_tokens = args.batch_size * raw_length_for(args.inputs_length)[0]
     result = {
         "steps": args.pretrain_steps,
-        "tokens": tokens,
-        "corpus_tokens": int(rows["train"].size),
-        # The runtime of a resumed run is that of its last part.
-        "tokens_per_second": None if resumed else tokens / logs[-1]["train_runtime"],
-        "history": [[log["step"], log["loss"]] for log in logs if "loss" in log],
-        "validation_loss": trainer.evaluate(held_out)["eval_loss"],
-        "parameters": model.num_parameters(),
+        "tokens": args.pretrain_steps * row_tokens,
+        "corpus_tokens": sum(part["tokens"] for part in manifest["splits"]["train"]),
+        "tokens_per_second": row_tokens / statistics.median(speeds),
+        "history": [[row["step"], row["loss"]] for row in losses["train"]],
+        "validation_loss": losses["eval"][-1]["loss"],
+        "parameters": ConvT5ForConditionalGeneration(ConvT5Config(**settings)).num_parameters(),
     }
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
     write_json(folder / "pretraining.json", result)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(run)
 
 
 class LossBar(ProgressCallback):
@@ -477,14 +491,13 @@ def fill_spans(model, tokenizer, text: str, raw_length: int = 48) -> dict[str, s
     }
 
 
-def new_model(vocab_size: int, dropout_rate: float, config: dict, seed: int, pretrained):
+def new_model(pretrained: Path, dropout_rate: float, seed: int, fresh: bool):
     """The model to fine-tune: pre-trained, or of the same shape with fresh weights."""
     torch.manual_seed(seed)
-    if pretrained is not None:
-        return ConvT5ForConditionalGeneration.from_pretrained(pretrained, dropout_rate=dropout_rate)
-    return ConvT5ForConditionalGeneration(
-        ConvT5Config(vocab_size=vocab_size, dropout_rate=dropout_rate, **config)
-    )
+    if fresh:
+        config = ConvT5Config.from_pretrained(pretrained, dropout_rate=dropout_rate)
+        return ConvT5ForConditionalGeneration(config)
+    return ConvT5ForConditionalGeneration.from_pretrained(pretrained, dropout_rate=dropout_rate)
 
 
 def predict_in_order(model, tokenizer, texts, batch_size=64):

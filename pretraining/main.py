@@ -3,8 +3,9 @@
     python -m pretraining.main --config pretraining/configs/tiny_cpu.py --workdir runs/tiny \\
         --override data_dir=DATA tokenizer=tokenizer.json
 
-Exit codes: 0 finished; 75 pre-empted (SIGTERM) and saved: run the same command again. Records are
-in WORKDIR/metrics.jsonl, checkpoints in WORKDIR/checkpoints.
+Exit codes: 0 finished; 75 pre-empted (SIGTERM) and saved: run the same command again; 130 after
+Ctrl-C: the same command goes on from the last checkpoint. Records are in WORKDIR/metrics.jsonl,
+checkpoints in WORKDIR/checkpoints.
 """
 
 import argparse
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
                 return train(run, preemption)
     except BadStep as error:
         raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     except Exception as error:
         if not is_disk_full(error):
             raise

@@ -280,6 +280,8 @@ def begin(run: Run, data) -> tuple[dict, int]:
         run.checkpoints.check(step)
         state, place = run.checkpoints.restore(step, run.abstract)
         data.set_state(place)
+        if jax.process_index() == 0:
+            print(f"Going on from the checkpoint of step {step:,}.", file=sys.stderr)
     for lines in (run.records, run.rows):
         if lines is not None:
             lines.keep_until(step)

@@ -230,7 +230,8 @@ def compare(strategy, mixer, window, cross_attention, side):
     """Generate without a cache and with each kind; returns how many comparisons were made."""
     model, run = build(mixer, window, cross_attention), STRATEGIES[strategy]
     uncached = run(model, texts(side), side, {"use_cache": False})
-    assert uncached.unique().numel() > 5, "a constant output would prove nothing"
+    # The start token, and three more: streaming has one row of 12.
+    assert uncached.unique().numel() > 3, "a constant output would prove nothing"
     kinds = [{}] if strategy in NOT_STATIC else [{}, {"cache_implementation": "static"}]
     for cache in kinds:
         tokens = run(model, texts(side), side, cache)

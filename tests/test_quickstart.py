@@ -41,7 +41,7 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     process = start(folder)
     deadline = time.monotonic() + 200
-    while not list(folder.glob("pretrain-*.part/checkpoints/checkpoint-*/trainer_state.json")):
+    while not list(folder.glob("pretrain-*.part/run/checkpoints/[1-9]*")):  # not that of step 0
         assert process.poll() is None and time.monotonic() < deadline, finish(process)[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -56,7 +56,7 @@ def test_interruption_is_clean_and_resumes(smoke):
     assert "Traceback" not in output
     assert resumed_code == 0, resumed_output
     assert "text: reusing" in resumed_output and "tokenizer: reusing" in resumed_output
-    assert "pre-training: going on from checkpoint-" in resumed_output
+    assert "Going on from the checkpoint of step " in resumed_output
 
 
 def test_results(smoke):
