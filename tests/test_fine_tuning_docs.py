@@ -10,7 +10,7 @@ from task_files import save_tiny_model, write_task
 
 from evaluation import run, submissions
 from evaluation.tasks import TASKS, get_task
-from examples import finetune
+from examples import demo, filters, finetune
 from model_cards import publish
 
 ROOT = Path(finetune.__file__).parents[1]
@@ -25,7 +25,7 @@ COMMANDS = [
 
 
 def test_the_page_has_commands():
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 16
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -48,7 +48,12 @@ def test_commands_parse(command, monkeypatch, tmp_path):
     elif program == "evaluation.run":
         assert set(run.parse(arguments).tasks) <= set(TASKS)
     else:
-        module = {"evaluation.submissions": submissions, "model_cards.publish": publish}[program]
+        module = {
+            "evaluation.submissions": submissions,
+            "examples/demo.py": demo,
+            "examples/filters.py": filters,
+            "model_cards.publish": publish,
+        }[program]
         # Its files are not there: it gets as far as saying so.
         assert module.main(arguments) == 2
 

@@ -9,7 +9,11 @@ import tolerances
 import torch
 from flax import nnx
 
-from modeling_convt5 import FlaxConvT5ForConditionalGeneration, FlaxConvT5ForSequenceClassification
+from modeling_convt5 import (
+    FlaxConvT5EncoderModel,
+    FlaxConvT5ForConditionalGeneration,
+    FlaxConvT5ForSequenceClassification,
+)
 from modeling_convt5.cache_convt5 import CACHE
 from modeling_convt5.masks_convt5 import relative_position_bucket as torch_bucket
 from modeling_convt5.masks_flax_convt5 import relative_position_bucket
@@ -270,3 +274,10 @@ def test_a_text_without_an_end_cannot_be_classified():
     with pytest.raises(ValueError, match=r"Rows \[0, 1\] of input_ids hold no end-of-sequence"):
         model(input_ids=IDS)
     assert np.isnan(nnx.jit(lambda model: model(input_ids=IDS).logits)(model)).all()
+
+
+def test_inputs_may_be_constants_of_a_jitted_function():
+    model = FlaxConvT5EncoderModel(parity.parity_config())
+    ids, mask = jnp.asarray(IDS), jnp.ones(IDS.shape, jnp.float32)
+    inside = nnx.jit(lambda model: model(ids, mask).last_hidden_state)(model)
+    np.testing.assert_allclose(inside, model(ids, mask).last_hidden_state, atol=1e-5)

@@ -94,9 +94,10 @@ def check_tensor(name: str, value) -> None:
 
 def check_mask(name: str, mask: jax.Array) -> None:
     """Raise ValueError for a mask that is added to scores, where 0 is a token: ours say 1."""
-    if not jnp.issubdtype(mask.dtype, jnp.floating) or isinstance(mask, jax.core.Tracer):
+    if not jnp.issubdtype(mask.dtype, jnp.floating):
         return
-    if bool((mask < 0).any()):
+    negative = (mask < 0).any()
+    if not isinstance(negative, jax.core.Tracer) and bool(negative):
         raise ValueError(
             f"{name} holds negative numbers (the lowest is {float(mask.min())}), expected 1 for "
             "tokens and 0 for padding, not a mask to be added to scores."

@@ -354,8 +354,9 @@ class FlaxConvT5Stack(nnx.Module):
     def _embed_tokens(self, input_ids, table):
         """Outside of `jit` ids are checked; inside, an id that is no row of the table gives NaN."""
         size = self.config.vocab_size
-        if not isinstance(input_ids, jax.core.Tracer) and input_ids.size:
-            least, most = int(input_ids.min()), int(input_ids.max())
+        least, most = (input_ids.min(), input_ids.max()) if input_ids.size else (0, 0)
+        if not isinstance(least, jax.core.Tracer):  # in `jit` a constant's are tracers, too
+            least, most = int(least), int(most)
             if least < 0 or most >= size:
                 name = f"{'decoder_' if self.is_decoder else ''}input_ids"
                 raise ValueError(
