@@ -272,6 +272,7 @@ def model_fields(args: argparse.Namespace) -> dict:
         "encoder_kernel_size": args.kernel_size,
         "encoder_dilation": args.dilations,
         "num_layers": len(args.dilations),
+        "num_filters": None,  # one a channel; the preset that these are set on has fewer
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import interruptible
 
 from examples import quickstart, quickstart_report
+from modeling_convt5 import ConvT5Config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
@@ -81,6 +82,10 @@ def test_hub_folder_and_card(smoke):
     assert {"README.md", "results.json", "results.png", "config.json", "model.safetensors"} <= names
     assert {"tokenizer.json", "modeling_convt5.py", "convolution.py"} <= names
     assert not any(name.endswith((".bin", ".pt", ".part")) for name in names)
+    # The model is the command line's, and nothing of the preset that pre-training starts from.
+    config = ConvT5Config.from_pretrained(hub)
+    assert config.num_filters is None
+    assert config.encoder_dilation == quickstart.SMOKE["dilations"]
     results = json.loads((hub / "results.json").read_text())
     card = (hub / "README.md").read_text()
     assert card == quickstart_report.card(results)
