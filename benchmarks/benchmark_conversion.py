@@ -132,7 +132,8 @@ def main(arguments: list[str]) -> None:
     path = args.output_dir / f"conversion_{slug}_{date.today()}.json"
     if path.exists() and not args.overwrite:
         raise SystemExit(f"{path} exists. Pass --overwrite to replace it.")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (args.output_dir, args.scratch):
+        folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "benchmarks.benchmark_conversion", *arguments])
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         parameters = write_checkpoint(Path(scratch), args)
