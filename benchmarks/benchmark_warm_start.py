@@ -31,12 +31,21 @@ from transformers import Adafactor, AutoTokenizer, T5Config, T5ForConditionalGen
 
 from benchmarks.benchmark_convolution import processor, write
 from conversion import convert_t5
-from examples.quickstart_training import make_tokenizer, token_rows
+from examples.quickstart_training import make_tokenizer
 from modeling_convt5 import ConvT5ForConditionalGeneration
 from pretraining.collator import SpanCorruptionCollator
 from pretraining.span_corruption import raw_length_for
 
 BEGINNINGS = ("warm start", "copied rest", "random")
+
+
+def token_rows(tokenizer, texts: list[str], raw_length: int) -> np.ndarray:
+    """The texts as one stream, </s> between them, cut into rows (N, raw_length) without padding."""
+    ids = [i for encoded in tokenizer.backend_tokenizer.encode_batch(texts) for i in encoded.ids]
+    count = len(ids) // raw_length
+    if count == 0:
+        raise SystemExit(f"The text has only {len(ids)} tokens, expected {raw_length} or more.")
+    return np.array(ids[: count * raw_length], dtype=np.int64).reshape(count, raw_length)
 
 
 def read_texts(folder: Path) -> list[str]:

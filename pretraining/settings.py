@@ -72,7 +72,8 @@ class Settings:
         eval_batches: batches of the validation split in one evaluation, at most.
         keep_last: checkpoints kept.
         prefetch: batches that threads prepare ahead.
-        log_rows: write the rows of every batch into WORKDIR/rows.jsonl.
+        log_rows: write the rows of every batch into WORKDIR/rows.jsonl; of several processes, the
+            first writes those that it reads itself.
     """
 
     data_dir: str = ""

@@ -51,8 +51,6 @@ ONLY_PYTORCH = {
     # torch.nn's dropout knows whether it is training; Flax passes a key.
     "ConvT5Convolution._dropped_filter",
     "ConvT5Convolution._dropout",
-    # transformers' modules of activations; Flax has functions.
-    "activation_function",
 }
 ONLY_FLAX = {
     # torch.nn has them.

@@ -46,8 +46,9 @@ class ConvT5Convolution(nn.Module):
             self.filter = nn.Parameter(torch.empty(filters, self.kernel_size))
         self.conv_bias = nn.Parameter(torch.empty(d_model)) if bias else None
         self.pointwise = nn.Linear(d_model, d_model, bias=bias) if config.pointwise else None
-        activation = config.pointwise_activation
-        self.activation = None if activation == "linear" else activation_function(activation)
+        self.activation = (
+            None if config.pointwise_activation == "linear" else ACT2FN[config.pointwise_activation]
+        )
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def forward(
@@ -214,7 +215,7 @@ class ConvT5MLP(nn.Module):
         else:
             self.wi = nn.Linear(config.d_model, config.d_ff, bias=bias)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=bias)
-        self.activation = activation_function(config.dense_act_fn)
+        self.activation = ACT2FN[config.dense_act_fn]
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -293,11 +294,6 @@ class ConvT5Layer(GradientCheckpointingLayer):
         mixed = self.dropout(self.mlp(self.pre_mlp_norm(hidden_states)))
         hidden_states = saturate(hidden_states + mixed)
         return hidden_states, self_weights, cross_weights
-
-
-def activation_function(name: str) -> nn.Module:
-    """transformers' activation of that name; "gelu_new" is the same formula in one kernel."""
-    return ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
 
 
 def saturate(x: torch.Tensor) -> torch.Tensor:
