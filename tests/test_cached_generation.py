@@ -163,7 +163,8 @@ class Collector(TextStreamer):
 def streamed(model, batch, side, cache):
     streamer = Collector()
     batch = {name: value[1:2] for name, value in batch.items()}
-    tokens = plain(streamer=streamer)(model, batch, side, cache)
+    # One row of few tokens: without repetition it has more different ones.
+    tokens = plain(streamer=streamer, no_repeat_ngram_size=1)(model, batch, side, cache)
     assert torch.equal(streamer.tokens, tokens)
     return tokens
 
@@ -230,8 +231,7 @@ def compare(strategy, mixer, window, cross_attention, side):
     """Generate without a cache and with each kind; returns how many comparisons were made."""
     model, run = build(mixer, window, cross_attention), STRATEGIES[strategy]
     uncached = run(model, texts(side), side, {"use_cache": False})
-    # The start token, and three more: streaming has one row of 12.
-    assert uncached.unique().numel() > 3, "a constant output would prove nothing"
+    assert uncached.unique().numel() > 5, "a constant output would prove nothing"
     kinds = [{}] if strategy in NOT_STATIC else [{}, {"cache_implementation": "static"}]
     for cache in kinds:
         tokens = run(model, texts(side), side, cache)

@@ -264,7 +264,7 @@ def hide_padding(
 
 def widen(x: jax.Array) -> jax.Array:
     """x in float32, or in float64 if that is what it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_accumulation_dtype(x))
 
 
 def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -282,7 +282,7 @@ def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 @jax.custom_vjp
 def wide_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """x @ y in float32 or wider; the products of its backward pass have the operands' dtype."""
-    return jnp.matmul(x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.matmul(x, y, preferred_element_type=_accumulation_dtype(x))
 
 
 def _wide_matmul_backward(operands, gradient):
