@@ -28,8 +28,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import UnigramTrainer
 from tqdm import tqdm
 from transformers import (
     Adafactor,
@@ -44,8 +42,8 @@ from examples.documentation_text import PACKAGES
 from modeling_convt5 import ConvT5Config, ConvT5ForConditionalGeneration
 from pretraining.collator import SpanCorruptionCollator
 from pretraining.span_corruption import raw_length_for
+from pretraining.train_tokenizer import SENTINELS, train_tokenizer
 
-NUM_SENTINELS = 100
 MASK_WORD = "package"  # stands for every package name in the classification texts
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -141,38 +139,15 @@ def make_hub_text(args: Namespace, folder: Path) -> None:
 
 
 def make_tokenizer(args: Namespace, texts: list[str], folder: Path) -> None:
-    """A Unigram tokenizer with T5's ids: pad 0, </s> 1, <unk> 2, <extra_id_0> the last."""
-    sentinels = [f"<extra_id_{i}>" for i in range(NUM_SENTINELS)]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    # Words, digits and punctuation, each with the space before it: splitting these keeps the
-    # candidates few and the trainer's numbers finite.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Metaspace(),
-            pre_tokenizers.Split(
-                Regex(r"▁?\p{L}+|▁?\p{N}|▁?[^\p{L}\p{N}▁]|▁"), behavior="isolated"
-            ),
-        ]
-    )
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = UnigramTrainer(
-        vocab_size=args.vocab_size - NUM_SENTINELS,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-    )
-    tokenizer.train_from_iterator(random.Random(0).sample(texts, min(len(texts), 8000)), trainer)
-    # Small text may not fill the vocabulary; the sentinels still end it, highest id first.
-    tokenizer.add_special_tokens(sentinels[::-1])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
+    """A Unigram tokenizer with T5's ids, saved for transformers."""
+    sample = random.Random(0).sample(texts, min(len(texts), 8000))
+    tokenizer = train_tokenizer(sample, args.vocab_size)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=sentinels,
+        additional_special_tokens=[f"<extra_id_{i}>" for i in range(SENTINELS)],
         model_max_length=512,
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pretraining_runs as runs
 import pytest
+from task_files import write_task
 
-from benchmarks import benchmark_convolution
+from benchmarks import benchmark_convolution, benchmark_families, benchmark_table2
+from benchmarks.cells import run_cells
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--kernel_sizes 3 --lengths 4 --tokens 8 --d_model 8 --num_filters 2 --rounds 2 --threads 1"
@@ -123,3 +126,86 @@ def test_warm_start_benchmark_compares_three_beginnings(tmp_path):
     assert "| 2 | " in page.read_text() and str(data_dir) not in page.read_text()
     empty = module("benchmark_warm_start", "--data_dir", str(tmp_path), "--output_dir", "unused")
     assert empty.returncode and "0 documents" in empty.stderr
+
+
+def test_cells_are_run_once_and_name_the_one_that_fails(tmp_path):
+    script = tmp_path / "cell.py"
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "if sys.argv[1] == 'wrong':\n"
+        "    sys.exit('no such model')\n"
+        "folder.mkdir()\n"
+        "(folder / 'results.json').write_text(json.dumps(sys.argv[1]))\n"
+    )
+    commands = {tmp_path / name: [str(script), name] for name in ("a", "b", "c")}
+    commands[tmp_path / "b"] = [str(script), "wrong"]
+    with pytest.raises(RuntimeError, match="b ended with exit code 1; .*no such model"):
+        run_cells(commands, workers=1)
+    assert (tmp_path / "a" / "results.json").is_file()
+    (tmp_path / "a" / "results.json").write_text('"kept"')
+    commands[tmp_path / "b"] = [str(script), "right"]
+    assert list(run_cells(commands, workers=2).values()) == ["kept", "right", "c"]
+
+
+@pytest.fixture
+def families(tmp_path):
+    """The arguments of four small pre-trainings, and the folder of their results."""
+    runs.make_data(tmp_path / "text")
+    runs.make_tokenizer(tmp_path / "tokenizer.json")
+    arguments = ["--text", tmp_path / "text", "--tokenizer", tmp_path / "tokenizer.json"]
+    arguments += ["--work_dir", tmp_path / "work", "--output_dir", tmp_path / "results"]
+    # The dilated preset has a window for each of its layers.
+    arguments += ["--override", "batch_size=4", "inputs_length=32", "log_every=1"]
+    arguments += ["model_overrides={'d_model':16,'d_kv':4,'d_ff':32,'num_heads':2}"]
+    return [str(a) for a in arguments], tmp_path / "results"
+
+
+@pytest.mark.slow
+def test_families_makes_what_is_missing_and_table2_goes_on_from_it(tmp_path, families):
+    arguments, results = families
+    task = write_task(tmp_path / "data" / "sst2", "sst2", 24)
+    more = ["--task_dir", task, "--milestones", 2, 4, "--labels", 16]
+    more += ["--seeds", 0, 1, "--finetune_steps", 2]
+    command = [*arguments, *map(str, more)]
+    benchmark_families.main(command)
+    (path,) = results.glob("families_*.json")
+    found = json.loads(path.read_text())["families"]
+    assert set(found) == set(benchmark_families.FAMILIES)
+    assert all(set(row["accuracy"]) == {"0", "2", "4"} for row in found.values())
+    assert len(list(results.iterdir())) == 4
+    (tmp_path / "work" / "cells" / "sst2-dynamic-4" / "results.json").unlink()
+    benchmark_families.main(command)
+    again = json.loads(path.read_text())["families"]
+    assert [row["accuracy"] for row in again.values()] == [
+        row["accuracy"] for row in found.values()
+    ]
+    assert str(tmp_path) not in path.read_text()
+
+    write_task(tmp_path / "data" / "cogs", "cogs", 24)
+    (tmp_path / "data" / "nli").mkdir()
+    (tmp_path / "data" / "s140").mkdir()
+    (tmp_path / "data" / "nli" / "mnli.dev.jsonl").write_text("{}\n")
+    row = {"text": "a good film", "label": 1}
+    (tmp_path / "data" / "s140" / "test_359_binary.jsonl").write_text(json.dumps(row) + "\n")
+    more = ["--data_dir", tmp_path / "data", "--pretrain_steps", 4, "--tasks", "sst2", "cogs"]
+    more += ["--finetune", "max_steps=2", "eval_steps=2", "seeds=0"]
+    benchmark_table2.main([*arguments, *map(str, more)])
+    page = next(results.glob("table2_*.md")).read_text()
+    assert "| model | | sst2 | cogs | s140 |" in page and "by type" in page
+    assert page.count("| gain |") == 4
+
+
+def test_families_and_table2_name_a_wrong_argument(tmp_path, families, capsys):
+    arguments, _ = families
+    task = ["--task_dir", str(tmp_path)]
+    for module, more, message in (
+        (benchmark_families, ["--task_dir", "none"], "--task_dir none: there is no such file"),
+        (benchmark_families, [*task, "--milestones", "4", "2"], "must be rising step numbers"),
+        (benchmark_families, [*task, "--workers", "0"], "--workers must be 1 or more"),
+        (benchmark_table2, ["--data_dir", "none"], "--data_dir none: there is no such file"),
+        (benchmark_table2, ["--data_dir", ".", "--finetune", "x"], "expected NAME=VALUE"),
+    ):
+        with pytest.raises(SystemExit):
+            module.parse([*arguments, *more])
+        assert message in capsys.readouterr().err

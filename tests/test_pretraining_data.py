@@ -10,6 +10,7 @@ import pretraining_runs as runs
 import pytest
 
 from pretraining import prepare as command
+from pretraining import train_tokenizer
 from pretraining.input_pipeline import Batches
 from pretraining.prepare import prepare, verify
 from pretraining.records import JoinedRows, TokenStream, is_prepared
@@ -298,3 +299,40 @@ def test_a_full_disk_is_named_and_finished_files_are_kept(tmp_path, tokenizer):
     names = {path.name for path in (tmp_path / "records").iterdir()}
     assert "00000.json" in names and not any("incomplete" in name for name in names), names
     prepare(str(text), str(tokenizer.path), tmp_path / "records", workers=1)
+
+
+# --- A tokenizer of one's own --------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_trained_on_the_text_and_serves_a_run(tmp_path, capsys):
+    text, path = runs.make_data(tmp_path / "text"), tmp_path / "made" / "tokenizer.json"
+    arguments = ["--data", str(text), "--output", str(path), "--vocab_size", "200"]
+    assert train_tokenizer.main(arguments) == 0
+    made = open_tokenizer(str(path))
+    assert (made.pad_token_id, made.eos_token_id, made.num_sentinels) == (0, 1, 100)
+    assert made.size <= 200 and made.first_sentinel_id == made.size - 1
+    assert f"a model has {made.vocab_size:,}" in capsys.readouterr().out
+    sentence = runs.make_texts(1)[0]
+    ids = made.tokenizer.encode(sentence).ids
+    assert ids[-1] == made.eos_token_id and 2 not in ids
+    assert made.tokenizer.decode(ids) == sentence
+    prepare(str(text), str(path), tmp_path / "records", workers=1)
+    for wrong, message in (
+        (arguments, "exists. Pass --overwrite"),
+        ([*arguments, "--overwrite", "--vocab_size", "100"], "vocab_size=100: expected at least"),
+        ([*arguments, "--overwrite", "--data", "none"], "there is no such file or folder"),
+        ([*arguments, "--overwrite", "--documents", "0"], "--documents must be 1 or more"),
+    ):
+        with pytest.raises(SystemExit):
+            train_tokenizer.main(wrong)
+        assert message in capsys.readouterr().err
+    assert open_tokenizer(str(path)).sha256 == made.sha256
+
+
+def test_the_sample_is_fair_to_all_sources_and_the_same_every_time(tmp_path):
+    for name, count in (("a", 50), ("b", 3)):
+        runs.write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(count)])
+    found = list(train_tokenizer.sample(str(tmp_path), 10))
+    assert [name[0] for name in found] == ["a"] * 5 + ["b"] * 3
+    assert found == list(train_tokenizer.sample(str(tmp_path), 10))
+    assert found[:5] != [f"a{i}" for i in range(5)]

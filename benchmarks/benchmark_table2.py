@@ -1,0 +1,265 @@
+"""The paper's table 2 at our scale: four models, not pre-trained and pre-trained, on four tasks.
+
+    python -m benchmarks.benchmark_table2 --data_dir DATA --text TEXT --tokenizer tokenizer.json \\
+        --work_dir WORK
+
+DATA holds a folder for each of sst2, imdb and cogs, besides nli/mnli.dev.jsonl (MNLI's training
+rows are not at hand: these are split) and s140/test_359_binary.jsonl, which the models of sst2
+answer. Missing pre-trainings and fine-tunings are run, the former as benchmark_families.py
+does, whose --work_dir WORK may be; what is in WORK is kept, so that an interrupted run goes on.
+
+Every cell is examples/finetune.py with the settings of `CELLS`: the best on validation rows, the
+test rows answered once. "Gain" is the paper's: by how many per cent of the untrained model's
+number the pre-trained one's is higher. Results go to OUTPUT_DIR/table2_<hardware>_<date>.json, .md.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from datetime import date
+from pathlib import Path
+
+from benchmarks.benchmark_convolution import processor, write
+from benchmarks.benchmark_families import FAMILIES, pretrain
+from benchmarks.cells import options, run_cells
+from pretraining.prepare import prepare
+from pretraining.records import is_prepared
+
+# Task: seeds, and finetune.py's arguments. The longest test texts of COGS have 300 tokens.
+CELLS = {
+    "sst2": ([0, 1, 2], {"max_train_rows": 8000, "max_steps": 1000, "max_input_length": 64}),
+    "imdb": (
+        [0],
+        {
+            "max_train_rows": 8000,
+            "max_steps": 800,
+            "max_input_length": 256,
+            "max_validation_rows": 500,
+            "max_test_rows": 4000,
+        },
+    ),
+    "mnli": ([0], {"max_steps": 800, "max_input_length": 128}),
+    "cogs": (
+        [0],
+        {
+            "max_steps": 4000,
+            "max_input_length": 64,
+            "max_validation_rows": 100,
+            "max_test_rows": 1000,
+            "eval_steps": 1000,
+        },
+    ),
+}
+METRIC = {"cogs": "exact_match"}  # of the others accuracy
+STARTS = ("not pre-trained", "pre-trained")
+
+
+def task_folders(args: argparse.Namespace) -> dict[str, Path]:
+    """Where each task's files are; MNLI's development rows under the name of training rows."""
+    found = {task: args.data_dir / task for task in ("sst2", "imdb", "cogs")}
+    renamed = {
+        "mnli": (args.data_dir / "nli" / "mnli.dev.jsonl", "train.jsonl"),
+        "s140": (args.data_dir / "s140" / "test_359_binary.jsonl", "dev.jsonl"),
+    }
+    for task, (source, name) in renamed.items():
+        found[task] = args.work_dir / "data" / task
+        found[task].mkdir(parents=True, exist_ok=True)
+        if not (found[task] / name).exists():
+            shutil.copyfile(source, found[task] / name)
+    return found
+
+
+def pretrained(args: argparse.Namespace) -> dict[str, Path]:
+    """The exports of all four models after --pretrain_steps; trained where they are missing."""
+    records = args.work_dir / "records"
+    if not is_prepared(records):
+        prepare(str(args.text), args.tokenizer, records)
+    return {
+        family: pretrain(args.work_dir, family, args.pretrain_steps, args.tokenizer, args.override)
+        for family in FAMILIES
+    }
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """{task: {family: {start: the record of its results.json}}}, what is missing made first."""
+    folders, exports = task_folders(args), pretrained(args)
+    cells = args.work_dir / "cells"
+    fine_tunings, answers = {}, {}
+    for family, export in exports.items():
+        for start in STARTS:
+            name = f"{family}-{start.replace(' ', '-')}"
+            fields = {"model": export if start == "pre-trained" else f"{family}-tiny"}
+            fields["tokenizer"] = export
+            for task in args.tasks:
+                seeds, settings = CELLS[task]
+                more = {"data_dir": folders[task], "seeds": seeds, **settings, **args.finetune}
+                command = ["examples/finetune.py", *options({"task": task, **fields, **more})]
+                fine_tunings[cells / f"{task}-{name}"] = (task, family, start, command)
+            if "sst2" in args.tasks:
+                fields = {"model": cells / f"sst2-{name}" / "model", "tasks": "sst2"}
+                fields |= {"data_dir": folders["s140"], "max_input_length": 64}
+                command = ["-m", "evaluation.run", *options(fields)]
+                answers[cells / f"s140-{name}"] = ("s140", family, start, command)
+    found: dict = {}
+    for commands in (fine_tunings, answers):
+        records = run_cells({folder: c[-1] for folder, c in commands.items()}, args.workers)
+        for folder, (task, family, start, _) in commands.items():
+            found.setdefault(task, {}).setdefault(family, {})[start] = records[folder]
+    return found
+
+
+def number(record: dict, task: str) -> dict:
+    """Mean, spread and number of seeds of a task's metric, in per cent."""
+    metric = record["metrics"][METRIC.get(task, "accuracy")]
+    return {
+        "mean": 100 * metric["mean"],
+        "std": 100 * metric["std"],
+        "seeds": len(metric["per_seed"]),
+    }
+
+
+def table(found: dict) -> list[str]:
+    """The numbers as Markdown, with the paper's rows of gains."""
+    lines = ["| model | | " + " | ".join(found) + " |", "|---" * (2 + len(found)) + "|"]
+    for family in FAMILIES:
+        means = {}
+        for start in STARTS:
+            numbers = [number(records[family][start], task) for task, records in found.items()]
+            means[start] = [n["mean"] for n in numbers]
+            cells = [
+                f"{n['mean']:.1f}" + (f" ± {n['std']:.1f}" if n["seeds"] > 1 else "")
+                for n in numbers
+            ]
+            lines.append(f"| {family} | {start} | " + " | ".join(cells) + " |")
+        pairs = zip(*(means[start] for start in STARTS), strict=True)
+        gains = [
+            f"{100 * (after / before - 1):+.1f} %" if before else "" for before, after in pairs
+        ]
+        lines.append(f"| {family} | gain | " + " | ".join(gains) + " |")
+    return lines
+
+
+def by_type(records: dict) -> list[str]:
+    """COGS' generalisation split by type, for every model."""
+    columns = {
+        f"{family}, {start}": {
+            name.split("/")[-1]: metric
+            for name, metric in record["metrics"].items()
+            if name.startswith("gen_")
+        }
+        for family, starts in records.items()
+        for start, record in starts.items()
+    }
+    types = sorted({name for column in columns.values() for name in column})
+    lines = ["", "COGS, exact match on the generalisation split, by type:", ""]
+    lines += ["| type | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name in types:
+        cells = [
+            f"{100 * column[name]['mean']:.1f}" if name in column else ""
+            for column in columns.values()
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def rows_used(found: dict) -> str:
+    """How many rows of each split every task has used."""
+    parts = []
+    for task, records in found.items():
+        rows = records[FAMILIES[0]][STARTS[0]]["rows"]
+        parts.append(f"{task} " + ", ".join(f"{n:,} {split}" for split, n in rows.items()))
+    return "; ".join(parts)
+
+
+def report(results: dict) -> str:
+    """The page."""
+    lines = [
+        f"# Table 2 at our scale, {results['date']}",
+        "",
+        f"    {results['command']}",
+        "",
+        f"{results['hardware']}, {results['cores']} cores. The tiny presets, pre-trained for "
+        f"{results['pretrain_steps']:,} steps. Exact match for COGS, accuracy for the others, in "
+        "per cent; ± is the standard deviation over seeds. Rows: " + results["rows"] + ". "
+        "Sentiment140's training rows are not at hand: the models of sst2 answer its test rows. "
+        "Settings of `examples/finetune.py`:",
+        "",
+    ]
+    for task, (seeds, fields) in results["cells"].items():
+        said = ", ".join(f"{name} {value}" for name, value in fields.items())
+        lines.append(f"- {task}: seeds {', '.join(map(str, seeds))}; {said}")
+    lines += ["", *table(results["records"])]
+    if "cogs" in results["records"]:
+        lines += by_type(results["records"]["cogs"])
+    return "\n".join(lines) + "\n"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data_dir", type=Path, required=True, help="folders of the tasks")
+    add("--text", type=Path, required=True, help="what to pre-train on")
+    add("--tokenizer", type=Path, required=True, help="tokenizer.json")
+    add("--work_dir", type=Path, required=True, help="models and results, to go on from")
+    add("--tasks", nargs="+", choices=CELLS, default=list(CELLS))
+    add("--pretrain_steps", type=int, default=5000)
+    add("--override", nargs="+", default=[], metavar="FIELD=VALUE", help="of tiny_cpu.py")
+    add("--finetune", nargs="+", default=[], metavar="NAME=VALUE", help="for every task")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="fine-tunings at once")
+    add("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args(arguments)
+    for name in ("data_dir", "text", "tokenizer"):
+        if not getattr(args, name).exists():
+            parser.error(f"--{name} {getattr(args, name)}: there is no such file or folder.")
+    for name in ("data_dir", "text", "tokenizer", "work_dir"):
+        setattr(args, name, getattr(args, name).absolute())
+    args.tokenizer = str(args.tokenizer)
+    try:
+        args.finetune = dict(text.split("=", 1) for text in args.finetune)
+    except ValueError:
+        parser.error(f"--finetune {args.finetune}: expected NAME=VALUE.")
+    if args.workers < 1:
+        parser.error("--workers must be 1 or more.")
+    return args
+
+
+def main(arguments: list[str]) -> None:
+    args = parse(arguments)
+    try:
+        found = measure(args)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
+    command = shlex.join(["python", "-m", "benchmarks.benchmark_table2", *arguments])
+    for name in ("data_dir", "text", "tokenizer", "work_dir"):
+        command = command.replace(str(getattr(args, name)), name.upper())
+    results = {
+        "command": command,
+        "date": str(date.today()),
+        "hardware": processor(),
+        "cores": os.cpu_count(),
+        "pretrain_steps": args.pretrain_steps,
+        "cells": {task: (CELLS[task][0], CELLS[task][1] | args.finetune) for task in args.tasks},
+        "rows": rows_used(found),
+        "records": {
+            task: {
+                family: {start: {"metrics": r["metrics"]} for start, r in starts.items()}
+                for family, starts in families.items()
+            }
+            for task, families in found.items()
+        },
+    }
+    slug = "-".join(processor().lower().split()[:2])
+    path = args.output_dir / f"table2_{slug}_{date.today()}.json"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(results, indent=1) + "\n")
+    write(path.with_suffix(".md"), report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Fine-tunings that make up a table: what is missing is run, several processes at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_cells(commands: dict[Path, list[str]], workers: int) -> dict[Path, dict]:
+    """Run each command whose folder has no results.json yet; returns what is in those files.
+
+    Args:
+        commands: the folder of each, and the arguments of python (without --output_dir).
+        workers: how many run at once, each on its share of the cores. What a command prints goes
+            to FOLDER.log.
+
+    Raises:
+        RuntimeError: with the end of its log, for the first command that fails. What others had
+            finished is kept.
+    """
+    missing = {f: c for f, c in commands.items() if not (f / "results.json").is_file()}
+    bar = tqdm(total=len(commands), initial=len(commands) - len(missing), unit="cell", disable=None)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        running = [pool.submit(_run, f, command, threads) for f, command in missing.items()]
+        for job in as_completed(running):
+            job.result()
+            bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    return {folder: json.loads((folder / "results.json").read_text()) for folder in commands}
+
+
+def _run(folder, command, threads):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("w") as file:
+        code = subprocess.run(
+            [sys.executable, *command, "--output_dir", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
+    if code:
+        end = log.read_text(errors="replace")[-1500:]
+        raise RuntimeError(f"{folder.name} ended with exit code {code}; the end of {log}:\n{end}")
+
+
+def options(fields: dict) -> Iterable[str]:
+    """A dictionary as arguments of a command."""
+    for name, value in fields.items():
+        yield f"--{name}"
+        yield from map(str, value if isinstance(value, (list, tuple, range)) else [value])
