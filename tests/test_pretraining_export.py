@@ -123,5 +123,5 @@ def test_pipeline_and_checkpoints_are_measured(exported, tmp_path, capsys):
     command += ["--override", f"model_overrides={runs.MODEL}", "batch_size=4", "inputs_length=32"]
     assert benchmark_pretraining.main([str(part) for part in command]) == 0
     page = next(tmp_path.glob("pretraining_*.md")).read_text()
-    assert "| rows made / rows consumed |" in page and "| 2 steps with a checkpoint /" in page
+    assert "| rows made / rows consumed |" in page and "steps with a checkpoint / without |" in page
     assert page in capsys.readouterr().out
