@@ -4,9 +4,11 @@
         --work_dir WORK
 
 DATA holds a folder for each of sst2, imdb and cogs, besides nli/mnli.dev.jsonl (MNLI's training
-rows are not at hand: these are split) and s140/test_359_binary.jsonl, which the models of sst2
-answer. Missing pre-trainings and fine-tunings are run, the former as benchmark_families.py
-does, whose --work_dir WORK may be; what is in WORK is kept, so that an interrupted run goes on.
+rows are not at hand: these are split), s140/test_359_binary.jsonl, which the models of sst2 answer,
+and, for --tasks squad-head squad-text, xquad/xquad.en.json, of whose articles every sixth is held
+out: answered by the question-answering head, and as a text. Missing pre-trainings and fine-tunings
+are run, the former as benchmark_families.py does, whose --work_dir WORK may be; what is in WORK is
+kept, so that an interrupted run goes on.
 
 Every cell is examples/finetune.py with the settings of `CELLS`: the best on validation rows, the
 test rows answered once. "Gain" is the paper's: by how many per cent of the untrained model's
@@ -52,8 +54,11 @@ CELLS = {
             "eval_steps": 1000,
         },
     ),
+    "squad-head": ([0], {"method": "head", "max_steps": 600, "max_input_length": 384}),
+    "squad-text": ([0], {"max_steps": 600, "max_input_length": 384}),
 }
-METRIC = {"cogs": "exact_match"}  # of the others accuracy
+PAPERS = ["sst2", "imdb", "mnli", "cogs"]
+METRIC = {"cogs": "exact_match", "squad-head": "f1", "squad-text": "f1"}  # else accuracy
 STARTS = ("not pre-trained", "pre-trained")
 
 
@@ -69,7 +74,19 @@ def task_folders(args: argparse.Namespace) -> dict[str, Path]:
         found[task].mkdir(parents=True, exist_ok=True)
         if not (found[task] / name).exists():
             shutil.copyfile(source, found[task] / name)
+    if any(task.startswith("squad") for task in args.tasks):
+        found["squad"] = args.work_dir / "data" / "squad"
+        split_articles(args.data_dir / "xquad" / "xquad.en.json", found["squad"])
     return found
+
+
+def split_articles(source: Path, folder: Path) -> None:
+    """Files of SQuAD's schema without a common article: every sixth is for validation."""
+    articles = json.loads(source.read_text("utf-8"))["data"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, is_held_out in (("train", False), ("validation", True)):
+        some = [a for i, a in enumerate(articles) if (i % 6 == 5) == is_held_out]
+        write(folder / f"{split}.json", json.dumps({"version": "1.1", "data": some}))
 
 
 def pretrained(args: argparse.Namespace) -> dict[str, Path]:
@@ -95,8 +112,9 @@ def measure(args: argparse.Namespace) -> dict:
             fields["tokenizer"] = export
             for task in args.tasks:
                 seeds, settings = CELLS[task]
-                more = {"data_dir": folders[task], "seeds": seeds, **settings, **args.finetune}
-                command = ["examples/finetune.py", *options({"task": task, **fields, **more})]
+                task_id = task.split("-")[0]
+                more = {"data_dir": folders[task_id], "seeds": seeds, **settings, **args.finetune}
+                command = ["examples/finetune.py", *options({"task": task_id, **fields, **more})]
                 fine_tunings[cells / f"{task}-{name}"] = (task, family, start, command)
             if "sst2" in args.tasks:
                 fields = {"model": cells / f"sst2-{name}" / "model", "tasks": "sst2"}
@@ -182,8 +200,10 @@ def report(results: dict) -> str:
         f"    {results['command']}",
         "",
         f"{results['hardware']}, {results['cores']} cores. The tiny presets, pre-trained for "
-        f"{results['pretrain_steps']:,} steps. Exact match for COGS, accuracy for the others, in "
-        "per cent; ± is the standard deviation over seeds. Rows: " + results["rows"] + ". "
+        f"{results['pretrain_steps']:,} steps. Exact match for COGS, F1 for SQuAD, accuracy for the "
+        "others, in per cent; ± is the standard deviation over seeds. Rows: "
+        + results["rows"]
+        + ". "
         "Sentiment140's training rows are not at hand: the models of sst2 answer its test rows. "
         "Settings of `examples/finetune.py`:",
         "",
@@ -206,7 +226,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--text", type=Path, required=True, help="what to pre-train on")
     add("--tokenizer", type=Path, required=True, help="tokenizer.json")
     add("--work_dir", type=Path, required=True, help="models and results, to go on from")
-    add("--tasks", nargs="+", choices=CELLS, default=list(CELLS))
+    add("--tasks", nargs="+", choices=CELLS, default=PAPERS)
     add("--pretrain_steps", type=int, default=5000)
     add("--override", nargs="+", default=[], metavar="FIELD=VALUE", help="of tiny_cpu.py")
     add("--finetune", nargs="+", default=[], metavar="NAME=VALUE", help="for every task")

@@ -8,8 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import with_evaluate
 from .answers import METHODS, check_method
-from .data import Data, load, read_file
+from .data import Data, is_labelled, load, read_file
 from .prediction import load_model, predict
 from .results import evaluate_splits, main_split, make_record, write_json
 from .tasks import ANSWERED_BY, TASKS, Task, custom_task, get_task
@@ -40,7 +41,7 @@ def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dic
         data.notes.append(f"at most {args.max_rows} rows of each split evaluated")
 
     def answer(some):
-        return predict(
+        answers = predict(
             task,
             model,
             tokenizer,
@@ -50,6 +51,9 @@ def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dic
             args.batch_size,
             args.num_beams,
         )
+        if args.check_with_evaluate and is_labelled(some):
+            with_evaluate.check(task, some, [answer["prediction"] for answer in answers])
+        return answers
 
     folder = Path(args.output_dir) / task.name
     metrics, intervals = evaluate_splits(task, rows, answer, folder)
@@ -61,6 +65,7 @@ def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dic
         evaluated_on=main_split(rows),
         method=method,
         confidence_95=intervals,
+        checked_with_evaluate=args.check_with_evaluate,
         notes=data.notes,
     )
     write_json(folder / "results.json", record)
@@ -95,6 +100,11 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--max_rows", type=int, help="of each split; all by default")
     parser.add_argument("--max_input_length", type=int, default=512, help="tokens")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--check_with_evaluate",
+        action="store_true",
+        help="compute the metrics a second time with Hugging Face's `evaluate`",
+    )
     parser.add_argument("--num_beams", type=int, default=1)
     return parser.parse_args(argv)
 

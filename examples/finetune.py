@@ -5,13 +5,16 @@ file as the first argument, which later arguments override. Runs under `accelera
 same command again goes on where it was stopped.
 
 Writes O/results.json, O/curve.png, O/model (of the seed that is best on the validation rows) and
-O/seed_N (predictions, checkpoints). Exit code 0, or 2 for a wrong argument or file.
+O/seed_N (predictions, checkpoints). With --push_to_hub true --hub_model_id owner/name that model
+and these numbers are published at the end. Exit code 0, 2 for a wrong argument or file, 1 where the
+Hub failed.
 """
 
 import copy
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -55,6 +58,10 @@ FREE = {
     "local_rank",
     "logging_dir",
     "run_name",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_token",
 }
 
 
@@ -232,6 +239,7 @@ def arguments_of_seed(training: TrainArguments, seed: int, rows: int, metric: st
     """The training arguments of one seed: its folder, and when it evaluates and saves."""
     training = copy.copy(training)
     training.output_dir, training.seed, training.data_seed = str(folder), seed, seed
+    training.push_to_hub = False  # once, at the end: `push`
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     steps = training.max_steps
     if steps <= 0:
@@ -414,12 +422,33 @@ def parse(argv: list[str]) -> tuple[TaskArguments, TrainArguments]:
     return HfArgumentParser((TaskArguments, TrainArguments)).parse_args_into_dataclasses(argv)
 
 
+def push(args: TaskArguments, training: TrainArguments) -> int:
+    """Publish O/model with its card and numbers (model_cards.publish); returns the exit code."""
+    from model_cards import publish
+
+    if training.hub_token:
+        os.environ["HF_TOKEN"] = training.hub_token
+    output = Path(training.output_dir)
+    arguments = ["--checkpoint", output / "model", "--results", output / "results.json"]
+    arguments += ["--repo_id", training.hub_model_id]
+    arguments += ["--origin", f"fine-tuned on {args.task}, from {args.model}"]
+    arguments += ["--private"] if training.hub_private_repo else []
+    return publish.main([str(argument) for argument in arguments])
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
-        finetune(*parse(sys.argv[1:] if argv is None else argv))
+        args, training = parse(sys.argv[1:] if argv is None else argv)
+        if training.push_to_hub and "/" not in (training.hub_model_id or ""):
+            raise ValueError(
+                f"hub_model_id={training.hub_model_id!r}: --push_to_hub needs owner/name there."
+            )
+        finetune(args, training)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if training.push_to_hub and training.process_index == 0:
+        return push(args, training)
     return 0
 
 

@@ -188,11 +188,16 @@ def test_families_makes_what_is_missing_and_table2_goes_on_from_it(tmp_path, fam
     (tmp_path / "data" / "nli" / "mnli.dev.jsonl").write_text("{}\n")
     row = {"text": "a good film", "label": 1}
     (tmp_path / "data" / "s140" / "test_359_binary.jsonl").write_text(json.dumps(row) + "\n")
+    write_task(tmp_path / "squad", "squad", 12)
+    (tmp_path / "data" / "xquad").mkdir()
+    articles = json.loads((tmp_path / "squad" / "train-v1.1.json").read_text())["data"] * 6
+    (tmp_path / "data" / "xquad" / "xquad.en.json").write_text(json.dumps({"data": articles}))
     more = ["--data_dir", tmp_path / "data", "--pretrain_steps", 4, "--tasks", "sst2", "cogs"]
+    more += ["squad-head"]
     more += ["--finetune", "max_steps=2", "eval_steps=2", "seeds=0"]
     benchmark_table2.main([*arguments, *map(str, more)])
     page = next(results.glob("table2_*.md")).read_text()
-    assert "| model | | sst2 | cogs | s140 |" in page and "by type" in page
+    assert "| model | | sst2 | cogs | squad-head | s140 |" in page and "by type" in page
     assert page.count("| gain |") == 4
 
 

@@ -20,6 +20,8 @@ from evaluation.results import read_results
 from evaluation.tasks import get_task
 from modeling_convt5 import ConvT5ForConditionalGeneration
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
@@ -165,6 +167,88 @@ def test_the_flax_class_pushes_and_loads_by_revision(hub, tmp_path):
         assert torch.equal(twin.state_dict()[key], value), key
 
 
+def outside(hub, home):
+    """The environment of a new process that uses this Hub, with an empty cache."""
+    kept = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    return {**kept, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(home)} | {
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
+OPEN = """
+import sys
+from transformers import AutoModelForSeq2SeqLM
+options = dict(option.split("=") for option in sys.argv[1:])
+model = AutoModelForSeq2SeqLM.from_pretrained("user/trained", trust_remote_code=True, **options)
+print(type(model).__module__, sum(p.double().sum().item() for p in model.parameters()))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # the tests switch them off
+def test_trainer_pushes_and_code_can_be_pinned(api, hub, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    model = ConvT5ForConditionalGeneration(tiny_config())
+    rows = [{"input_ids": [5, 6, 1], "labels": [7, 1]}] * 4
+    options = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    hub_options = {"push_to_hub": True, "hub_model_id": "user/trained", "hub_token": hub.token}
+    arguments = TrainingArguments(str(tmp_path / "out"), **options, **hub_options)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    first = api.repo_info("user/trained").sha
+    files = hub.repo("user/trained").find(first).files
+    assert {"modeling_convt5.py", "model.safetensors", "config.json"} <= set(files)
+    assert not any(path.endswith((".bin", ".pt", ".pkl")) for path in files)
+
+    def opened(number, *options):
+        command = [sys.executable, "-c", OPEN, *options]
+        environment = outside(hub, tmp_path / f"home{number}")
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = opened(0, f"revision={first}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    module, total = done.stdout.split()
+    assert "transformers_modules" in module
+    assert float(total) == sum(p.double().sum().item() for p in model.parameters())
+    # Somebody changes the code: who pinned it does not run it.
+    api.create_commit(
+        "user/trained", [add("modeling_convt5.py", "raise OSError('new')")], commit_message="m"
+    )
+    pinned = opened(1, f"code_revision={first}")
+    assert pinned.returncode == 0 and pinned.stdout.split()[1] == total, pinned.stderr[-3000:]
+    assert "new" in opened(2).stderr
+
+
+def test_fine_tuning_pushes_the_best_model_with_its_card(hub, tmp_path):
+    write_task(tmp_path / "data", "sst2")
+    texts = ["sst2 sentence: good bad the film day meal", "negative positive"]
+    model = save_tiny_model(tmp_path / "model", texts)
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--task", "sst2"]
+    command += ["--model", str(model), "--data_dir", str(tmp_path / "data"), "--max_steps", "2"]
+    command += ["--use_cpu", "true", "--output_dir", str(tmp_path / "out"), "--push_to_hub", "true"]
+
+    def tuned(*more):
+        return subprocess.run(
+            [*command, *more], env=outside(hub, tmp_path / "home"), capture_output=True, text=True
+        )
+
+    refused = tuned()
+    assert refused.returncode == 2 and "hub_model_id=None" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = tuned("--hub_model_id", "user/tuned")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(hub.repo("user/tuned").commits) == 2  # the Hub's initial one, and ours
+    files = hub.repo("user/tuned").find("main").files
+    assert "fine-tuned on sst2" in files["README.md"].decode()
+    assert ".eval_results/sst2.yaml" in files
+    for path in (tmp_path / "out" / "model").iterdir():
+        if path.suffix in (".safetensors", ".json", ".py"):
+            assert files[path.name] == path.read_bytes(), path.name
+
+
 CARD = """---
 configs:
 - config_name: sst2
@@ -192,10 +276,9 @@ def test_a_task_from_the_hub(api, hub, tmp_path):
     texts = [get_task("sst2").input_text(row) for some in rows.values() for row in some]
     model = save_tiny_model(tmp_path / "model", [*texts, "negative positive"])
     arguments = ["--model", str(model), "--tasks", "sst2", "--output_dir", str(tmp_path / "out")]
-    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     done = subprocess.run(
         [sys.executable, "-m", "evaluation.run", *arguments],
-        env={**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")},
+        env=outside(hub, tmp_path / "home"),
         capture_output=True,
         text=True,
     )

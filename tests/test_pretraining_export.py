@@ -10,6 +10,7 @@ import pretraining_runs as runs
 import pytest
 import tolerances
 import torch
+from test_hub_server import hub  # noqa: F401 - a running Hub
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from benchmarks import benchmark_pretraining
@@ -24,7 +25,7 @@ from pretraining.tokens import open_tokenizer
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A run of packed rows, its settings and its Hub folder."""
+    """The folder of a run of packed rows and its export, its settings, its command."""
     root = tmp_path_factory.mktemp("export")
     fields = {
         "data_dir": str(runs.make_data(root / "text")),
@@ -35,11 +36,11 @@ def exported(tmp_path_factory):
     }
     command = runs.arguments(root / "run", ["--export", str(root / "hub")], **fields)
     assert main(command) == 0
-    return root, load(runs.CONFIG, command[command.index("--override") + 1 :])
+    return root, load(runs.CONFIG, command[command.index("--override") + 1 :]), command
 
 
 def test_the_folder_is_for_both_frameworks_and_says_what_it_is(exported):
-    root, settings = exported
+    root, settings, _ = exported
     twin = FlaxConvT5ForConditionalGeneration.from_pretrained(root / "hub")
     assert twin.config.dropout_rate == 0.1  # pre-training's is a matter of the run
     state = runs.final_state(root / "run", 6)
@@ -57,11 +58,24 @@ def test_the_folder_is_for_both_frameworks_and_says_what_it_is(exported):
     assert tokenizer.pad_token_id == 0
 
 
+def test_a_run_pushes_its_export(exported, hub):  # noqa: F811
+    root, _, command = exported
+    assert main([*command, "--push_to_hub", "user/pretrained"]) == 0  # finished: only the export
+    files = hub.repo("user/pretrained").find("main").files
+    for path in (root / "hub").iterdir():
+        if path.suffix in (".py", ".json", ".safetensors", ".md"):
+            assert files[path.name] == path.read_bytes(), path.name
+    model = AutoModelForSeq2SeqLM.from_pretrained("user/pretrained", trust_remote_code=True)
+    local = AutoModelForSeq2SeqLM.from_pretrained(root / "hub", trust_remote_code=True)
+    for key, value in local.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_pytorch_has_flaxs_loss_on_the_programs_own_batches(exported, packing):
     import dataclasses
 
-    root, settings = exported
+    root, settings, _ = exported
     settings = dataclasses.replace(settings, packing=packing)
     tokenizer = open_tokenizer(settings.tokenizer)
     records = str(root / "run" / "records")
@@ -78,7 +92,7 @@ def test_pytorch_has_flaxs_loss_on_the_programs_own_batches(exported, packing):
 
 
 def test_continued_pretraining_in_pytorch(exported, tmp_path, capsys):
-    root, _ = exported
+    root, *_ = exported
     arguments = ["--model", root / "hub", "--records", root / "run" / "records", "--output_dir"]
     arguments += [tmp_path, "--max_steps", 20, "--batch_size", 4, "--inputs_length", 32]
     arguments += ["--compare", 4, "--learning_rate", 0.01]
@@ -92,7 +106,7 @@ def test_continued_pretraining_in_pytorch(exported, tmp_path, capsys):
 
 
 def test_curves_are_drawn_from_the_records(exported, tmp_path):
-    root, _ = exported
+    root, *_ = exported
     assert plot.main([str(root / "run"), "--output", str(tmp_path / "losses.png")]) == 0
     assert (tmp_path / "losses.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="metrics.jsonl: there is no such file"):
@@ -117,7 +131,7 @@ def test_operations_are_counted_and_drawn(tmp_path):
 
 
 def test_pipeline_and_checkpoints_are_measured(exported, tmp_path, capsys):
-    root, settings = exported
+    root, settings, _ = exported
     command = ["--data", root / "run" / "records", "--tokenizer", settings.tokenizer]
     command += ["--rounds", 1, "--rows_steps", 2, "--steps", 2, "--output_dir", tmp_path]
     command += ["--override", f"model_overrides={runs.MODEL}", "batch_size=4", "inputs_length=32"]
