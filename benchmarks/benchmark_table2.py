@@ -200,11 +200,10 @@ def report(results: dict) -> str:
         f"    {results['command']}",
         "",
         f"{results['hardware']}, {results['cores']} cores. The tiny presets, pre-trained for "
-        f"{results['pretrain_steps']:,} steps. Exact match for COGS, F1 for SQuAD, accuracy for the "
-        "others, in per cent; ± is the standard deviation over seeds. Rows: "
-        + results["rows"]
-        + ". "
-        "Sentiment140's training rows are not at hand: the models of sst2 answer its test rows. "
+        f"{results['pretrain_steps']:,} steps. Exact match for COGS, F1 for SQuAD, accuracy for "
+        "the others, in per cent; ± is the standard deviation over seeds. Rows: "
+        f"{results['rows']}. Sentiment140's training rows are not at hand: the models of sst2 "
+        "answer its test rows. "
         "Settings of `examples/finetune.py`:",
         "",
     ]
