@@ -52,6 +52,7 @@ CELLS = {
             "max_validation_rows": 100,
             "max_test_rows": 1000,
             "eval_steps": 1000,
+            "train_sampling_strategy": "group_by_length",
         },
     ),
     "squad-head": ([0], {"method": "head", "max_steps": 600, "max_input_length": 384}),

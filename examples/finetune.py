@@ -235,6 +235,16 @@ def make_tokenizer(args: TaskArguments):
     return AutoTokenizer.from_pretrained(args.tokenizer or args.model, **options)
 
 
+def with_lengths(args: TaskArguments, training: TrainArguments, task: Task, rows, tokenizer):
+    """The training rows; with their tokens where Trainer is to group them by length."""
+    strategy = getattr(training, "train_sampling_strategy", None)  # since transformers 5
+    if strategy != "group_by_length" and not getattr(training, "group_by_length", False):
+        return rows
+    texts = [task.input_text(row) for row in rows]
+    tokens = tokenizer(texts, truncation=True, max_length=args.max_input_length).input_ids
+    return [{**row, "input_ids": ids} for row, ids in zip(rows, tokens, strict=True)]
+
+
 def arguments_of_seed(training: TrainArguments, seed: int, rows: int, metric: str, folder: Path):
     """The training arguments of one seed: its folder, and when it evaluates and saves."""
     training = copy.copy(training)
@@ -299,7 +309,7 @@ def run_seed(
         rows.selection,
         model=model,
         args=arguments,
-        train_dataset=rows.train,
+        train_dataset=with_lengths(args, training, task, rows.train, tokenizer),
         data_collator=Collator(task, tokenizer, method, args.max_input_length),
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(args.patience)],

@@ -121,6 +121,24 @@ def test_it_learns(tmp_path):
     assert record["rows"] == {"train": 180, "validation": 20, "test": 200}
 
 
+def test_rows_are_grouped_by_length(folder, tmp_path, monkeypatch):
+    batches, collate = [], finetune.Collator.__call__
+    monkeypatch.setattr(
+        finetune.Collator,
+        "__call__",
+        lambda self, rows: (
+            batches.append([len(row["input_ids"]) for row in rows]) or collate(self, rows)
+        ),
+    )
+    old = "group_by_length" in finetune.TrainArguments.__dataclass_fields__  # before transformers 5
+    more = (
+        ["--group_by_length", "true"] if old else ["--train_sampling_strategy", "group_by_length"]
+    )
+    more += ["--per_device_train_batch_size", 4]
+    assert run("cogs", folder, tmp_path, *more, data=files) == 0
+    assert len(batches) == 2 and batches[0] == sorted(batches[0], reverse=True)
+
+
 @pytest.mark.parametrize(
     ("task", "method"),
     [
