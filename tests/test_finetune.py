@@ -123,20 +123,19 @@ def test_it_learns(tmp_path):
 
 def test_rows_are_grouped_by_length(folder, tmp_path, monkeypatch):
     batches, collate = [], finetune.Collator.__call__
-    monkeypatch.setattr(
-        finetune.Collator,
-        "__call__",
-        lambda self, rows: (
-            batches.append([len(row["input_ids"]) for row in rows]) or collate(self, rows)
-        ),
-    )
-    old = "group_by_length" in finetune.TrainArguments.__dataclass_fields__  # before transformers 5
-    more = (
-        ["--group_by_length", "true"] if old else ["--train_sampling_strategy", "group_by_length"]
-    )
-    more += ["--per_device_train_batch_size", 4]
-    assert run("cogs", folder, tmp_path, *more, data=files) == 0
-    assert len(batches) == 2 and batches[0] == sorted(batches[0], reverse=True)
+
+    def seen(self, rows):
+        batches.append([len(row["input_ids"]) for row in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(finetune.Collator, "__call__", seen)
+    rows = [{"text": "good " * (1 + i), "label": "yn"[i % 2]} for i in range(40)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    more = ["--train_sampling_strategy", "group_by_length", "--per_device_train_batch_size", 4]
+    more += ["--train_file", tmp_path / "rows.jsonl"]
+    assert run("custom", folder, tmp_path / "out", *more) == 0
+    assert all(batch == sorted(batch, reverse=True) for batch in batches)
+    assert max(batches[0]) > 30  # Trainer begins with the longest
 
 
 @pytest.mark.parametrize(
