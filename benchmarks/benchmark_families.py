@@ -25,10 +25,12 @@ import matplotlib
 
 from benchmarks.benchmark_convolution import processor, write
 from benchmarks.cells import ROOT, options, run_cells
+from pretraining.export import save_tokenizer
 from pretraining.metrics import read_records
 from pretraining.plot import plot
 from pretraining.prepare import prepare
 from pretraining.records import is_prepared
+from pretraining.tokens import open_tokenizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -60,25 +62,30 @@ def pretrain(work: Path, family: str, steps: int, tokenizer: str, override: list
     return export
 
 
+def folder_of_tokenizer(work: Path, tokenizer: str) -> Path:
+    """WORK/tokenizer, which transformers can open."""
+    if not (work / "tokenizer" / "tokenizer.json").is_file():
+        save_tokenizer(open_tokenizer(tokenizer), work / "tokenizer")
+    return work / "tokenizer"
+
+
 def measure(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     """{family: {step: the record of its results.json}}; step 0 is without pre-training."""
     work = args.work_dir
     if not is_prepared(work / "records"):
         prepare(str(args.text), args.tokenizer, work / "records")
-    fine_tunings = {}
+    tokenizer, fine_tunings = folder_of_tokenizer(work, args.tokenizer), {}
     for steps in args.milestones:  # breadth first: all four can be compared early
         for family in FAMILIES:
             export = pretrain(work, family, steps, args.tokenizer, args.override)
             for start, model in ((0, f"{family}-tiny"), (steps, export)):
-                fields = {"task": args.task, "model": model, "tokenizer": export}
+                fields = {"task": args.task, "model": model, "tokenizer": tokenizer}
                 fields |= {"data_dir": args.task_dir, "seeds": args.seeds}
                 fields |= {"max_train_rows": args.labels, "max_steps": args.finetune_steps}
                 fields |= {"max_input_length": 64}
-                # Any export's tokenizer will do for the untrained model: the first one's.
-                fine_tunings.setdefault(
-                    work / "cells" / f"{args.task}-{family}-{start}",
-                    (family, str(start), ["examples/finetune.py", *options(fields)]),
-                )
+                folder = work / "cells" / f"{args.task}-{family}-{start}"
+                command = ["examples/finetune.py", *options(fields)]
+                fine_tunings[folder] = (family, str(start), command)
     records = run_cells({folder: cell[-1] for folder, cell in fine_tunings.items()}, args.workers)
     found: dict = {family: {} for family in FAMILIES}
     for folder, (family, start, _) in fine_tunings.items():
@@ -98,7 +105,8 @@ def summary(args: argparse.Namespace, found: dict, losses: dict) -> dict:
             "tokens_per_second": statistics.median(speed),
             "minutes": statistics.fmean(steps) * records[-1]["step"] / 60,
             "accuracy": {start: r["metrics"]["accuracy"] for start, r in found[family].items()},
-            "rows": found[family]["0"]["rows"],
+            "train_rows": found[family]["0"]["rows"]["train"],
+            "test_rows": found[family]["0"]["rows"][found[family]["0"]["evaluated_on"]],
         }
     return {
         "date": str(date.today()),
@@ -114,7 +122,7 @@ def report(results: dict) -> str:
     """The page."""
     families = results["families"]
     steps = sorted({int(s) for row in families.values() for s in row["accuracy"]})
-    rows = families[FAMILIES[0]]["rows"]
+    first = families[FAMILIES[0]]
     lines = [
         f"# The four families, pre-trained on the same tokens, {results['date']}",
         "",
@@ -122,8 +130,8 @@ def report(results: dict) -> str:
         "",
         f"{results['hardware']}, {results['cores']} cores. Held-out loss in nats a target token; "
         f"accuracy on {results['task']} in per cent, mean ± standard deviation over seeds, after "
-        f"fine-tuning on {rows['train']:,} rows ({rows['test']:,} test rows), by steps of "
-        "pre-training.",
+        f"fine-tuning on {first['train_rows']:,} rows ({first['test_rows']:,} test rows), by steps "
+        "of pre-training.",
         "",
         "| | held-out loss | tokens/s (median) | minutes | "
         + " | ".join(f"{step:,} steps" for step in steps)

@@ -25,7 +25,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.benchmark_convolution import processor, write
-from benchmarks.benchmark_families import FAMILIES, pretrain
+from benchmarks.benchmark_families import FAMILIES, folder_of_tokenizer, pretrain
 from benchmarks.cells import options, run_cells
 from pretraining.prepare import prepare
 from pretraining.records import is_prepared
@@ -104,13 +104,14 @@ def pretrained(args: argparse.Namespace) -> dict[str, Path]:
 def measure(args: argparse.Namespace) -> dict:
     """{task: {family: {start: the record of its results.json}}}, what is missing made first."""
     folders, exports = task_folders(args), pretrained(args)
-    cells = args.work_dir / "cells"
+    cells = args.work_dir / f"table2-{args.pretrain_steps}"
+    tokenizer = folder_of_tokenizer(args.work_dir, args.tokenizer)
     fine_tunings, answers = {}, {}
     for family, export in exports.items():
         for start in STARTS:
             name = f"{family}-{start.replace(' ', '-')}"
             fields = {"model": export if start == "pre-trained" else f"{family}-tiny"}
-            fields["tokenizer"] = export
+            fields["tokenizer"] = tokenizer
             for task in args.tasks:
                 seeds, settings = CELLS[task]
                 task_id = task.split("-")[0]

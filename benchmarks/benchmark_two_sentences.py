@@ -76,7 +76,8 @@ def make_claims(folder: Path, args: argparse.Namespace) -> None:
 
 def commands(args: argparse.Namespace) -> dict[Path, tuple[str, str, list[str]]]:
     """{folder: (task, encoder, arguments of python)}."""
-    claims, found = args.work_dir / "claims", {}
+    made_of = (args.facts, args.values, args.gap, args.test_rows)
+    claims, found = args.work_dir / "claims-{}-{}-{}-{}".format(*made_of), {}
     make_claims(claims, args)
     files = {f"{split}_file": claims / f"{split}.jsonl" for split in SPLITS}
     tasks = {}

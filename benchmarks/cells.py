@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_cells(commands: dict[Path, list[str]], workers: int) -> dict[Path, dict]:
-    """Run each command whose folder has no results.json yet; returns what is in those files.
+    """Run each command whose folder has no results.json yet; returns the records in those files.
 
     Args:
         commands: the folder of each, and the arguments of python (without --output_dir).
@@ -22,10 +23,12 @@ def run_cells(commands: dict[Path, list[str]], workers: int) -> dict[Path, dict]
             to FOLDER.log.
 
     Raises:
-        RuntimeError: with the end of its log, for the first command that fails. What others had
-            finished is kept.
+        RuntimeError: with the end of its log, for the first command that fails (what others had
+            finished is kept), and for a folder that holds the results of another command.
     """
     missing = {f: c for f, c in commands.items() if not (f / "results.json").is_file()}
+    for folder in commands.keys() - missing.keys():
+        _record(folder, commands[folder])
     bar = tqdm(total=len(commands), initial=len(commands) - len(missing), unit="cell", disable=None)
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ThreadPoolExecutor(workers)
@@ -37,7 +40,18 @@ def run_cells(commands: dict[Path, list[str]], workers: int) -> dict[Path, dict]
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return {folder: json.loads((folder / "results.json").read_text()) for folder in commands}
+    return {folder: _record(folder, command) for folder, command in commands.items()}
+
+
+def _record(folder, command):
+    record = json.loads((folder / "results.json").read_text())
+    expected = shlex.join(["python", *command, "--output_dir", str(folder)])
+    if record["command"] != expected:
+        raise RuntimeError(
+            f"{folder} holds the results of another command. Remove it, or choose another "
+            f"--work_dir.\nthere:    {record['command']}\nexpected: {expected}"
+        )
+    return record
 
 
 def _run(folder, command, threads):

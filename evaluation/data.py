@@ -8,7 +8,9 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -59,7 +61,8 @@ def load(task: Task, data_dir: str | Path | None = None, splits: Iterable[str] =
         for split in wanted:
             path = find_file(folder, task, split)
             if path is not None:
-                data.rows[split] = read_file(task, path, data.notes, split)
+                labels = find_file(folder, task, task.label_files.get(split, ""))
+                data.rows[split] = read_file(task, path, data.notes, split, labels)
         if not data.rows:
             raise ValueError(
                 f"data_dir={str(data_dir)!r} holds no file of task {task.name!r}: expected "
@@ -98,8 +101,17 @@ def find_file(folder: Path, task: Task, split: str) -> Path | None:
     return None
 
 
-def read_file(task: Task, path: str | Path, notes: list[str], split: str = "") -> list[dict]:
+def read_file(
+    task: Task,
+    path: str | Path,
+    notes: list[str],
+    split: str = "",
+    labels: str | Path | None = None,
+) -> list[dict]:
     """The rows of one file; what was left out is added to `notes`.
+
+    Args:
+        labels: a csv file with an `id` of the rows and their label, where it is kept apart.
 
     Raises:
         ValueError: naming the file and the line of what cannot be understood.
@@ -112,7 +124,7 @@ def read_file(task: Task, path: str | Path, notes: list[str], split: str = "") -
         )
     if not path.is_file():
         raise ValueError(f"{path} is not a file. Check its name.")
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content = _content(path)
     if ending == "parquet":
         import pyarrow.parquet
 
@@ -121,10 +133,25 @@ def read_file(task: Task, path: str | Path, notes: list[str], split: str = "") -
     else:
         text = _decode(content, path, task.latin1)
         if ending in TEXT_FORMATS:
-            records = _read_columns(task, path, text, "," if ending == "csv" else "\t")
+            records = _read_columns(task, path, text, "," if ending == "csv" else "\t", notes)
         else:
             records = _read_json(path, text)
+    if labels is not None:
+        apart = csv.DictReader(io.StringIO(_decode(_content(labels), labels, task.latin1)))
+        known = {row.get("id"): row for row in apart}
+        records = ((where, {**known.get(row.get("id"), {}), **row}) for where, row in records)
     return _rows(task, records, notes, split or path.name, one_based=ending == "csv")
+
+
+def _content(path):
+    """The bytes of a file, plain or .gz."""
+    content = path.read_bytes()
+    if path.suffix.lower() != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, or not a .gz file ({error}).") from None
 
 
 def _decode(content, path, latin1):
@@ -139,7 +166,7 @@ def _decode(content, path, latin1):
 
 def _read_json(path, text) -> Iterator[Record]:
     """A list, the `data` of an object (SQuAD's layout), or an object on each line."""
-    if path.name.removesuffix(".gz").endswith(".json"):
+    if path.name.lower().removesuffix(".gz").endswith(".json"):
         try:
             content = json.loads(text)
         except ValueError:
@@ -171,7 +198,7 @@ def _object(value, path, number):
     return value
 
 
-def _read_columns(task, path, text, separator) -> Iterator[Record]:
+def _read_columns(task, path, text, separator, notes) -> Iterator[Record]:
     """A table with a header, the columns of an official file without, or an official raw file."""
     first = next((line for line in text.split("\n") if line.strip()), "")
     if task.raw and re.fullmatch(task.raw, first.strip()):
@@ -194,6 +221,9 @@ def _read_columns(task, path, text, separator) -> Iterator[Record]:
         return
     number, header = start[0], [cell.strip().lower() for cell in start[1]]
     names = _header(task, header)
+    twice = [name for name, count in Counter(names or ()).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: its header names {twice[0]!r} twice. Rename one of them.")
     if names is None:
         names = _headerless(task, path, len(header))
         yield f"{path}, line {number}", dict(zip(names, start[1], strict=True))
@@ -201,10 +231,14 @@ def _read_columns(task, path, text, separator) -> Iterator[Record]:
         if [cell.strip().lower() for cell in cells] == header and names == header:
             continue
         if len(cells) != len(names):
-            raise ValueError(
+            fault = (
                 f"{path}, line {number} has {len(cells)} columns, expected {len(names)}: "
                 f"{', '.join(names)}."
             )
+            if not task.broken_lines:
+                raise ValueError(fault)
+            notes.append(f"left out: {fault}")
+            continue
         yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
 
 
@@ -255,7 +289,7 @@ def _first_class(task, pairs, one_based):
     """1 if classes are numbered from 1, as in the official csv of AG News, else 0."""
     if task.name != "ag_news":
         return 0
-    values = {str(_get(record, task.label)) for _, record in pairs}
+    values = {_word(_get(record, task.label)) for _, record in pairs}
     if "0" in values:
         return 0
     return 1 if "4" in values or one_based else 0
@@ -275,6 +309,8 @@ def _row(task, record, where, shift):
         if value is None and column in task.joined:
             parts = [_get(record, (part,)) for part in task.joined[column]]
             value = None if None in parts else " ".join(parts)
+        if value is None and any(name.lower() in record for name in (column, *others)):
+            raise ValueError(f"{where}: its {column!r} is empty. Remove that row.")
         if value is None:
             raise ValueError(
                 f"{where} has no column {column!r}: it has {', '.join(record)}. Rename one of them "
@@ -321,20 +357,26 @@ def read_label(task: Task, value: Any, shift: int = 0) -> int | float | None | o
     Raises:
         ValueError: naming the label and the classes.
     """
-    word = str(value).strip().lower()
+    word = _word(value)
     if word in task.spellings:
         return DROPPED if task.spellings[word] is None else task.spellings[word]
     words = [name.lower() for name in task.words]
-    if word in words and task.kind == "classification":
-        return words.index(word)
+    if task.kind == "classification":
+        text = str(value).strip()
+        if text in task.words:  # a user's labels may differ in case only
+            return task.words.index(text)
+        if word in words:
+            return words.index(word)
     if isinstance(value, bool):
         return int(value)
     try:
         number = float(word)
     except ValueError:
         number = None
-    if number is not None and number == -1:
+    if number is not None and (number == -1 or math.isnan(number)):
         return None
+    if number is not None and math.isinf(number):
+        number = None
     if task.kind == "similarity" and number is not None and 0 <= number <= 5:
         return number
     if "toxicity" in task.label and number is not None and 0 <= number <= 1:
@@ -349,6 +391,16 @@ def read_label(task: Task, value: Any, shift: int = 0) -> int | float | None | o
     )
 
 
+def _word(value):
+    """A label as text, in lower case; a whole number without decimals, as "1.0" may be meant."""
+    word = str(value).strip().lower()
+    try:
+        number = float(word)
+    except ValueError:
+        return word
+    return str(int(number)) if math.isfinite(number) and number == int(number) else word
+
+
 def _list(value, where):
     if isinstance(value, str):
         try:
@@ -360,7 +412,7 @@ def _list(value, where):
 
 def _answers(value, where):
     """Texts and, where they are known, the characters at which they begin."""
-    if isinstance(value, str) and value[:1] in "[{":
+    if isinstance(value, str) and value.startswith(("[", "{")):
         try:
             value = json.loads(value)
         except ValueError:

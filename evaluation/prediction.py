@@ -42,6 +42,8 @@ def load_model(name: str, revision: str | None = None, trust_remote_code: bool =
     elif architecture.endswith("ForQuestionAnswering"):
         auto, method = AutoModelForQuestionAnswering, "head"
     model = auto.from_pretrained(name, **options).eval()
+    if torch.cuda.is_available():
+        model = model.to("cuda")
     return model, AutoTokenizer.from_pretrained(name, **options), method
 
 
@@ -228,9 +230,19 @@ def answer_spans(
 
 
 def encode_contexts(tokenizer, rows: Sequence[dict], max_length: int):
-    """Questions and contexts as pairs, the contexts cut, with the characters of each token."""
+    """Questions and contexts as pairs, the contexts cut, with the characters of each token.
+
+    Raises:
+        ValueError: if a question leaves no room for its context.
+    """
+    questions = [row["question"] for row in rows]
+    longest = max(map(len, tokenizer(questions).input_ids))
+    if longest >= max_length:
+        raise ValueError(
+            f"max_input_length={max_length} leaves no room beside a question of {longest} tokens."
+        )
     return tokenizer(
-        [row["question"] for row in rows],
+        questions,
         [row["context"] for row in rows],
         truncation="only_second",
         max_length=max_length,

@@ -68,7 +68,8 @@ def evaluate_splits(task: Task, rows: dict[str, list[dict]], answer, output: Pat
 
 def _write_predictions(task, path, rows, answers):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
         for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             line = {"index": row.get("idx", row.get("index", number)), **answer}
             if "id" in row:
@@ -77,6 +78,7 @@ def _write_predictions(task, path, rows, answers):
                 line["label_word"] = task.words[answer["prediction"]]
             line["target"] = row["answers"] if "answers" in row else row["label"]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
 
 
 def make_record(task_name, model, metrics_of_seeds, rows, **more) -> dict:
@@ -95,7 +97,41 @@ def this_command() -> str:
     """The command line of this process, as one would type it."""
     module = sys.modules["__main__"].__spec__
     program = f"python -m {module.name}" if module else f"python {sys.argv[0]}"
-    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+    words = list(sys.argv[1:])
+    for i, word in enumerate(words):  # commands are published
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and name.endswith("token"):
+            if equals:
+                words[i] = f"{name}=***"
+            elif i + 1 < len(words):
+                words[i + 1] = "***"
+    return " ".join([program, *map(shlex.quote, words)])
+
+
+def claim_folder(folder: Path, arguments: dict, write: bool = True) -> None:
+    """Refuse a folder that holds a run with other arguments; leave ours there.
+
+    Args:
+        arguments: values for JSON.
+        write: whether this process is the one that writes.
+
+    Raises:
+        ValueError: naming the arguments that differ.
+    """
+    path = folder / "arguments.json"
+    ours = json.loads(json.dumps(arguments, default=str))
+    if path.is_file():
+        theirs = json.loads(path.read_text("utf-8"))
+        names = sorted({*ours, *theirs})
+        differ = [name for name in names if ours.get(name) != theirs.get(name)]
+        if differ:
+            told = "; ".join(f"{n} was {theirs.get(n)!r}, is {ours.get(n)!r}" for n in differ[:5])
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds another run ({told}): choose another folder, or "
+                "remove that one."
+            )
+    elif write:
+        write_json(path, ours)
 
 
 def write_json(path: Path, content) -> None:

@@ -12,7 +12,8 @@ from . import with_evaluate
 from .answers import METHODS, check_method
 from .data import Data, is_labelled, load, read_file
 from .prediction import load_model, predict
-from .results import evaluate_splits, main_split, make_record, write_json
+from .results import evaluate_splits, main_split, make_record, read_results, write_json
+from .splits import some_of
 from .tasks import ANSWERED_BY, TASKS, Task, custom_task, get_task
 
 
@@ -35,7 +36,8 @@ def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dic
     """One task's record; its files are written."""
     method = check_method(task, args.method or method)
     rows = {
-        split: data.rows[split][: args.max_rows] for split in evaluation_splits(data, args.splits)
+        split: some_of(data.rows[split], args.max_rows)
+        for split in evaluation_splits(data, args.splits)
     }
     if args.max_rows:
         data.notes.append(f"at most {args.max_rows} rows of each split evaluated")
@@ -84,6 +86,25 @@ def load_task(args, name: str, model) -> tuple[Task, Data]:
     return task, Data({"test": read_file(task, args.test_file, notes, "test")}, notes)
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse files of a task that is not asked for, and a folder that another program wrote.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    columns = (args.text_column, args.label_column) != ("text", "label")
+    if "custom" not in args.tasks and (args.test_file or columns):
+        raise ValueError("--test_file, --text_column and --label_column are of --tasks custom.")
+    path = Path(args.output_dir) / "results.json"
+    if path.is_file():
+        for record in read_results(path):
+            if "evaluation.run" not in record["command"]:
+                raise ValueError(
+                    f"output_dir={args.output_dir!r} holds the results of `{record['command']:.80}`"
+                    ": choose another folder."
+                )
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__)
     parser.add_argument("--model", required=True, help="a saved folder, or owner/name on the Hub")
@@ -116,6 +137,7 @@ def main(argv=None) -> int:
     except ImportError:
         pass  # then the folder's own code is needed: --trust_remote_code
     try:
+        check_arguments(args)
         model, tokenizer, method = load_model(args.model, args.revision, args.trust_remote_code)
         records = []
         for name in args.tasks:

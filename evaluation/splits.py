@@ -33,11 +33,20 @@ def load_task(
         files: of `custom`: for training, and if there are any for validation and test.
 
     Raises:
-        ValueError: for a file that is missing or cannot be understood.
+        ValueError: for a file that is missing or cannot be understood, and for files or columns
+            that the task does not take.
     """
     if name != "custom":
+        if any(files) or (text_column, label_column) != ("text", "label"):
+            raise ValueError(
+                f"task={name!r} takes no --train_file, --validation_file, --test_file, "
+                "--text_column or --label_column: pass --data_dir, a folder of its files, or "
+                "--task custom."
+            )
         task = get_task(name)
         return task, load(task, data_dir)
+    if data_dir is not None:
+        raise ValueError(f"data_dir={data_dir!r}: task `custom` takes --train_file instead.")
     if not files[0]:
         raise ValueError("task `custom` needs --train_file, and --text_column, --label_column.")
     as_text = replace(custom_task([], text_column, label_column), kind="text", metrics=())
@@ -84,14 +93,22 @@ def arrange(
     else:
         train, selection = _hold_out(train, "validation", data.notes)
     if not any(is_labelled(some) for some in rows.values()):
-        train, rows["test"] = _hold_out(train, "test", data.notes)
+        name = "held_out" if "test" in rows else "test"  # the task's own keep their predictions
+        train, rows[name] = _hold_out(train, name, data.notes)
     if max_train_rows is not None and len(train) > max_train_rows:
         data.notes.append(f"train: {max_train_rows} of {len(train)} rows used")
         train = train[:max_train_rows]
-    final = {split: some[:max_test_rows] for split, some in rows.items()}
+    final = {split: some_of(some, max_test_rows) for split, some in rows.items()}
     if max_test_rows is not None:
         data.notes.append(f"at most {max_test_rows} rows of each split evaluated")
     return Arrangement(train, selection[:max_validation_rows], final)
+
+
+def some_of(rows: list[dict], count: int | None) -> list[dict]:
+    """At most `count` rows, the same every time and in their order; official files are sorted."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
 
 
 def _hold_out(train, purpose, notes):

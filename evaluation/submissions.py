@@ -9,9 +9,11 @@ at once. Exit code 0, or 2 where something is missing or malformed; every fault 
 
 import argparse
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,7 +249,8 @@ def read_predictions(folder: str | Path, task: str, split: str) -> list[dict]:
             f"{path} is missing: run `python -m evaluation.run --tasks {task} --output_dir "
             f"{folder}` with the official test files."
         )
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    # Not splitlines: texts hold separators of their own, which JSON leaves as they are.
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
 
 
 def _labels(file: File, rows: list[dict]) -> list:
@@ -303,18 +306,37 @@ def _nest(rows):
 
 def _write_archive(output, files, lines: Callable[[File], list[str]], check):
     contents = {name: "\n".join(lines(file)) + "\n" for name, file in files.items()}
-    with zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
-    check(output)
+    with _checked(output, check) as unfinished:
+        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content)
+
+
+@contextmanager
+def _checked(output, check):
+    """A name to write to; only what passes the check gets the name `output`."""
+    unfinished = Path(output).with_name(f".{Path(output).name}.{os.getpid()}")
+    try:
+        yield unfinished
+        check(unfinished)
+        os.replace(unfinished, output)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(unfinished), str(output))) from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_squad(predictions: str | Path, output: str | Path, data: str | Path) -> None:
     """Write and check SQuAD's JSON from a folder of `evaluation.run`."""
     rows = read_predictions(predictions, "squad", "validation")
+    if not all("id" in row for row in rows):
+        raise ValueError(
+            f"The predictions in {predictions} have no ids: evaluate on the official file, {data}."
+        )
     answers = {row["id"]: row["prediction"] for row in rows}
-    Path(output).write_text(json.dumps(answers, indent=0, ensure_ascii=False) + "\n", "utf-8")
-    check_squad(output, data)
+    with _checked(output, lambda path: check_squad(path, data)) as unfinished:
+        text = json.dumps(answers, indent=0, ensure_ascii=False) + "\n"
+        unfinished.write_text(text, "utf-8")
 
 
 def main(argv=None) -> int:
@@ -325,11 +347,14 @@ def main(argv=None) -> int:
     parser.add_argument("--predictions", help="the --output_dir of evaluation.run")
     parser.add_argument("--output", help="the file to write")
     parser.add_argument("--data", help="SQuAD's dev-v1.1.json, whose ids are expected")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
     args = parser.parse_intermixed_args(argv)
     if args.benchmark == "squad" and not args.data:
         parser.error("--benchmark squad needs --data, the official file with the questions")
     if args.action == "write" and not (args.predictions and args.output):
         parser.error("write needs --predictions and --output")
+    if args.action == "write" and Path(args.output).exists() and not args.overwrite:
+        parser.error(f"--output {args.output} exists. Pass --overwrite to replace it.")
     if args.action == "check" and not args.file:
         parser.error("check needs the file")
     actions = {

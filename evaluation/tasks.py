@@ -56,6 +56,9 @@ class Task:
         joined: a column -> the columns it is made of where a file does not have it.
         raw: how the lines of an official file without columns look, as a regular expression.
         latin1: whether the official files are in ISO-8859-1 rather than in UTF-8.
+        broken_lines: whether the official files have lines of another number of columns, which are
+            left out.
+        label_files: our split -> the stem of an official file that holds its labels apart.
         target_length: the most tokens of a target text.
     """
 
@@ -76,6 +79,8 @@ class Task:
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     raw: str | None = None
     latin1: bool = False
+    broken_lines: bool = False
+    label_files: dict[str, str] = field(default_factory=dict)
     target_length: int = 32
 
     def input_text(self, row: dict) -> str:
@@ -143,6 +148,7 @@ PAPER = [
         {"train": 127656, "validation": 31915, "test": 63978},
         label=("toxicity", "toxic", "label"),
         hub=("OxAISH-AL-LLM/wiki_toxic", "default", CONVERTED),
+        label_files={"test": "test_labels"},
     ),
     Task(
         "imdb",
@@ -325,6 +331,7 @@ GLUE = [
         label=("label", "is_duplicate"),
         hub=_glue("qqp"),
         extra=("index", "id", "idx"),
+        broken_lines=True,
     ),
     _pair(
         "qnli",

@@ -33,7 +33,7 @@ def compute(task: Task, rows: list[dict], predictions: list) -> dict[str, float]
         texts = [" ".join(text.split()) for text in predictions]
         truths = [" ".join(row["label"].split()) for row in rows]
         return {"exact_match": float(_computed("exact_match", texts, truths)["exact_match"])}
-    if task.kind == "answers":
+    if task.kind in ("answers", "entity"):
         texts = [{"id": str(i), "prediction_text": text} for i, text in enumerate(predictions)]
         answers = [
             {"text": row["answers"], "answer_start": [0] * len(row["answers"])} for row in rows

@@ -42,7 +42,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.answers import check_method
 from evaluation.metrics import compute
 from evaluation.prediction import encode_contexts, predict, span_positions
-from evaluation.results import evaluate_splits, main_split, make_record, plot_curves, write_json
+from evaluation.results import (
+    claim_folder,
+    evaluate_splits,
+    main_split,
+    make_record,
+    plot_curves,
+    write_json,
+)
 from evaluation.splits import Arrangement, arrange, load_task
 from evaluation.tasks import TASKS, Task
 from modeling_convt5 import PRESETS, ConvT5Config
@@ -62,6 +69,20 @@ FREE = {
     "hub_model_id",
     "hub_private_repo",
     "hub_token",
+}
+
+
+# Arguments of Trainer that would do nothing here.
+REPLACED = {
+    "seed": "use --seeds",
+    "data_seed": "use --seeds",
+    "save_steps": "use --eval_steps, after which a checkpoint is written",
+    "metric_for_best_model": "the task's first metric decides",
+    "resume_from_checkpoint": "the same command again goes on by itself",
+    "predict_with_generate": "use --method generate",
+    "generation_num_beams": "use --num_beams",
+    "generation_max_length": "the task says how long a target is",
+    "do_predict": "the test rows are answered at the end",
 }
 
 
@@ -254,7 +275,9 @@ def arguments_of_seed(training: TrainArguments, seed: int, rows: int, metric: st
     steps = training.max_steps
     if steps <= 0:
         steps = math.ceil(math.ceil(rows / batch) * training.num_train_epochs)
-    training.eval_steps = min(steps, int(training.eval_steps or max(1, steps // EVALUATIONS)))
+    every = training.eval_steps or max(1, steps // EVALUATIONS)
+    every = math.ceil(every * steps) if every < 1 else int(every)  # a share of the steps
+    training.eval_steps = min(steps, every)
     training.save_steps = training.eval_steps
     training.eval_strategy, training.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
     training.load_best_model_at_end = training.greater_is_better = True
@@ -343,30 +366,6 @@ def save_model(trainer: TaskTrainer, folder: Path) -> None:
     trainer.processing_class.save_pretrained(folder)
 
 
-def check_output(args: TaskArguments, training: TrainArguments) -> None:
-    """Refuse a folder that holds a run with other arguments; leave ours there.
-
-    Raises:
-        ValueError: naming the arguments that differ.
-    """
-    path = Path(training.output_dir) / "arguments.json"
-    ours = {**dataclasses.asdict(args), **training.to_sanitized_dict()}
-    ours = {key: value for key, value in ours.items() if key not in FREE}
-    ours = json.loads(json.dumps(ours, default=str))
-    if path.is_file():
-        theirs = json.loads(path.read_text("utf-8"))
-        names = sorted({*ours, *theirs})
-        differ = [name for name in names if ours.get(name) != theirs.get(name)]
-        if differ:
-            told = "; ".join(f"{n} was {theirs.get(n)!r}, is {ours.get(n)!r}" for n in differ[:5])
-            raise ValueError(
-                f"output_dir={training.output_dir!r} holds another run ({told}): choose another "
-                "folder, or remove that one."
-            )
-    elif training.process_index == 0:
-        write_json(path, ours)
-
-
 def finetune(args: TaskArguments, training: TrainArguments) -> dict:
     """All seeds; returns the record that is written to results.json."""
     files = (args.train_file, args.validation_file, args.test_file)
@@ -375,8 +374,10 @@ def finetune(args: TaskArguments, training: TrainArguments) -> dict:
     rows = arrange(
         task, data, args.max_train_rows, args.max_validation_rows or None, args.max_test_rows
     )
-    check_output(args, training)
     main_process = training.process_index == 0
+    ours = {**dataclasses.asdict(args), **training.to_sanitized_dict()}
+    ours = {key: value for key, value in ours.items() if key not in FREE}
+    claim_folder(Path(training.output_dir), ours, main_process)
     for note in data.notes if main_process else ():
         print(f"{task.name}: {note}", flush=True)
     results = {seed: run_seed(args, training, task, method, rows, seed) for seed in args.seeds}
@@ -432,6 +433,18 @@ def parse(argv: list[str]) -> tuple[TaskArguments, TrainArguments]:
     return HfArgumentParser((TaskArguments, TrainArguments)).parse_args_into_dataclasses(argv)
 
 
+def check_replaced(training: TrainArguments) -> None:
+    """Refuse Trainer's arguments in whose place this program has its own.
+
+    Raises:
+        ValueError: naming the argument and what to use.
+    """
+    fields = TrainArguments.__dataclass_fields__
+    for name, instead in REPLACED.items():
+        if name in fields and getattr(training, name) != fields[name].default:
+            raise ValueError(f"--{name} has no effect here: {instead}.")
+
+
 def push(args: TaskArguments, training: TrainArguments) -> int:
     """Publish O/model with its card and numbers (model_cards.publish); returns the exit code."""
     from model_cards import publish
@@ -449,6 +462,7 @@ def push(args: TaskArguments, training: TrainArguments) -> int:
 def main(argv: list[str] | None = None) -> int:
     try:
         args, training = parse(sys.argv[1:] if argv is None else argv)
+        check_replaced(training)
         if training.push_to_hub and "/" not in (training.hub_model_id or ""):
             raise ValueError(
                 f"hub_model_id={training.hub_model_id!r}: --push_to_hub needs owner/name there."

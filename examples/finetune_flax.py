@@ -24,12 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.answers import batches, check_method, from_scores, from_text, longest_target
 from evaluation.metrics import compute
-from evaluation.results import evaluate_splits, main_split, make_record, plot_curves, write_json
+from evaluation.results import (
+    claim_folder,
+    evaluate_splits,
+    main_split,
+    make_record,
+    plot_curves,
+    write_json,
+)
 from evaluation.splits import AT_MOST, Arrangement, arrange, load_task
 from evaluation.tasks import TASKS, Task
 from modeling_convt5 import PRESETS, ConvT5Config, FlaxConvT5ForConditionalGeneration
 
 EVALUATIONS = 10  # in a training, unless --eval_steps says otherwise
+FREE = {"seeds", "output_dir", "quiet"}  # what may differ between a run and its continuation
 MULTIPLE = 32  # lengths are rounded up to it, so that few shapes are compiled
 
 
@@ -190,7 +198,11 @@ def finetune(args: argparse.Namespace) -> dict:
     files = (args.train_file, args.validation_file, args.test_file)
     task, data = load_task(args.task, args.data_dir, files, args.text_column, args.label_column)
     method = check_method(task, args.method)
-    rows = arrange(task, data, args.max_train_rows, args.max_validation_rows, args.max_test_rows)
+    rows = arrange(
+        task, data, args.max_train_rows, args.max_validation_rows or None, args.max_test_rows
+    )
+    ours = {key: value for key, value in vars(args).items() if key not in FREE}
+    claim_folder(Path(args.output_dir), {"framework": "flax", **ours})
     for note in data.notes:
         print(f"{task.name}: {note}", flush=True)
     results = {seed: run_seed(args, task, method, rows, seed) for seed in args.seeds}

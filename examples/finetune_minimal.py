@@ -48,6 +48,7 @@ trainer = Seq2SeqTrainer(
 trainer.train()
 trainer.save_model(output)
 
+model.eval()  # without dropout
 right, rows = 0, read("dev")
 for text, label in rows:
     ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)

@@ -148,9 +148,14 @@ def plan(folder: Path, repo_id: str, results: list[str], origin: str) -> dict[st
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name not in GENERATED
     }
+    tasks = [record["task"] for record in records]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"results: {', '.join(tasks)} are not all different tasks: leave one out.")
     for path in results:
+        # Every fine-tuning calls its plot curve.png.
+        of = f"{read_results(path)[0]['task']}_" if len(results) > 1 else ""
         for plot in sorted(Path(path).parent.glob("*.png")):
-            files[f"plots/{plot.name}"] = plot
+            files[f"plots/{of}{plot.name}"] = plot
     plots = [name for name in files if name.startswith("plots/")]
     card = render(repo_id, config, origin, records, folder, plots)
     check_card(card, records)
@@ -261,7 +266,9 @@ def main(argv=None) -> int:
     parser.add_argument("--parent_commit", help="refuse if this is not the newest commit there")
     parser.add_argument("--endpoint", default=constants.ENDPOINT, help="the Hub's address")
     args = parser.parse_args(argv)
-    name = args.repo_id.rpartition("/")[2]
+    owner, _, name = args.repo_id.partition("/")
+    if not owner or not name or "/" in name:
+        parser.error(f"--repo_id {args.repo_id}: expected owner/name.")
     if args.origin is None:
         args.origin = VARIANTS[name].origin if name in VARIANTS else "of an unstated origin"
     try:

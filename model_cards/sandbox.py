@@ -26,6 +26,7 @@ sys.meta_path.insert(0, Hide())
 source, revision, home, result = sys.argv[1:]
 online = "HF_HUB_OFFLINE" not in os.environ
 REFUSED = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen")
+CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 armed = False
 
 def guard(event, arguments):
@@ -36,12 +37,18 @@ def guard(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         if not online:
             raise RuntimeError(f"the checkpoint's code tried to reach the network ({event})")
-    if event == "open" and isinstance(arguments[0], str):
+    paths = ()
+    if event == "open":
         flags = arguments[2] if isinstance(arguments[2], int) else 0
-        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        path = os.path.realpath(arguments[0])
-        if writes and not path.startswith((home + os.sep, "/dev/")):
-            raise RuntimeError(f"the checkpoint's code tried to write {path}")
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            paths = arguments[:1]
+    elif event in CHANGES:
+        paths = arguments[:2]
+    for path in paths:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            path = os.path.realpath(os.fsdecode(path))
+            if not path.startswith((home + os.sep, "/dev/")):
+                raise RuntimeError(f"the checkpoint's code tried to write {path}")
 
 sys.addaudithook(guard)
 """

@@ -28,7 +28,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A Unigram tokenizer of at most `vocab_size` ids, 100 of them sentinels.
 
     Raises:
-        ValueError: if there is no room for characters beside the special tokens.
+        ValueError: if there is no text, or no room for characters beside the special tokens.
     """
     least = len(SPECIAL) + SENTINELS + 1
     if vocab_size < least:
@@ -52,6 +52,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size - SENTINELS, special_tokens=list(SPECIAL), unk_token="<unk>"
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() <= len(SPECIAL):
+        raise ValueError("There is no text to train a tokenizer on.")
     # Small text may not fill the vocabulary; the sentinels still end it, highest id first.
     tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(SENTINELS))])
     tokenizer.post_processor = processors.TemplateProcessing(

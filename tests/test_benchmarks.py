@@ -131,21 +131,27 @@ def test_warm_start_benchmark_compares_three_beginnings(tmp_path):
 def test_cells_are_run_once_and_name_the_one_that_fails(tmp_path):
     script = tmp_path / "cell.py"
     script.write_text(
-        "import json, pathlib, sys\n"
+        "import json, pathlib, shlex, sys\n"
         "folder = pathlib.Path(sys.argv[-1])\n"
         "if sys.argv[1] == 'wrong':\n"
         "    sys.exit('no such model')\n"
         "folder.mkdir()\n"
-        "(folder / 'results.json').write_text(json.dumps(sys.argv[1]))\n"
+        "record = {'command': shlex.join(['python', *sys.argv]), 'found': sys.argv[1]}\n"
+        "(folder / 'results.json').write_text(json.dumps(record))\n"
     )
     commands = {tmp_path / name: [str(script), name] for name in ("a", "b", "c")}
     commands[tmp_path / "b"] = [str(script), "wrong"]
     with pytest.raises(RuntimeError, match="b ended with exit code 1; .*no such model"):
         run_cells(commands, workers=1)
     assert (tmp_path / "a" / "results.json").is_file()
-    (tmp_path / "a" / "results.json").write_text('"kept"')
+    kept = json.loads((tmp_path / "a" / "results.json").read_text()) | {"found": "kept"}
+    (tmp_path / "a" / "results.json").write_text(json.dumps(kept))
     commands[tmp_path / "b"] = [str(script), "right"]
-    assert list(run_cells(commands, workers=2).values()) == ["kept", "right", "c"]
+    found = [record["found"] for record in run_cells(commands, workers=2).values()]
+    assert found == ["kept", "right", "c"]
+    commands[tmp_path / "a"].append("more")
+    with pytest.raises(RuntimeError, match="a holds the results of another command"):
+        run_cells(commands, workers=1)
 
 
 @pytest.fixture

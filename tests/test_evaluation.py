@@ -21,6 +21,7 @@ from evaluation.results import (
     model_index,
     read_results,
     summarise,
+    this_command,
     write_json,
 )
 from evaluation.run import main
@@ -219,12 +220,28 @@ def test_custom_files_take_the_models_label_words(tmp_path):
         (["--tasks", "sst2", "--splits", "gen"], "splits=['gen'] are not there"),
         (["--tasks", "cogs", "--method", "score"], "method='score' does not answer task 'cogs'"),
         (["--tasks", "imdb"], "holds no file of task 'imdb'"),
+        (["--tasks", "sst2", "--test_file", "a.tsv"], "are of --tasks custom"),
     ],
 )
 def test_refusals_exit_with_2(folder, files, tmp_path, capsys, arguments, message):
     more = ["--model", str(folder), "--data_dir", str(files), "--output_dir", str(tmp_path)]
     assert main([*arguments, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_fine_tunings_results_are_not_overwritten(folder, files, tmp_path, capsys):
+    write_json(tmp_path / "results.json", a_record(command="python examples/finetune.py"))
+    arguments = ["--model", str(folder), "--data_dir", str(files), "--tasks", "sst2"]
+    assert main([*arguments, "--output_dir", str(tmp_path)]) == 2
+    assert "holds the results of `python examples/finetune.py`" in capsys.readouterr().err
+
+
+def test_commands_are_recorded_without_tokens(monkeypatch):
+    words = ["finetune.py", "--hub_token", "hf_1", "--token=hf_2", "--model", "a b"]
+    monkeypatch.setattr("sys.argv", words)
+    command = this_command()
+    assert "hf_" not in command
+    assert command.endswith(" --hub_token '***' '--token=***' --model 'a b'")
 
 
 def test_as_a_module(folder, files, tmp_path):

@@ -17,7 +17,7 @@ from task_files import make_tokenizer, save_tiny_model, write_csv, write_jsonl, 
 from evaluation import run as evaluation_run
 from evaluation.data import Data, load
 from evaluation.results import read_results
-from evaluation.splits import arrange
+from evaluation.splits import arrange, some_of
 from evaluation.tasks import ANSWERED_BY, TASKS, get_task
 from examples import finetune
 
@@ -97,6 +97,12 @@ def test_seeds_are_summarised_and_a_second_run_trains_nothing(files, folder, tmp
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert "model.safetensors" in names and not any(n.endswith((".bin", ".pt")) for n in names)
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_evaluations_may_be_a_share_of_the_steps(files, folder, tmp_path):
+    assert run("sst2", folder, tmp_path, "--eval_steps", 0.5, data=files) == 0
+    history = json.loads((tmp_path / "seed_0" / "metrics.json").read_text())["history"]
+    assert [entry["step"] for entry in history if "eval_accuracy" in entry] == [1, 2]
 
 
 def test_another_run_in_the_same_folder_is_refused(files, folder, tmp_path, capsys):
@@ -216,6 +222,10 @@ def test_the_papers_defaults(tmp_path):
     [
         (["--method", "head"], "method='head' does not answer task 'cogs'"),
         (["--config_overrides", "dropout"], "write name=value"),
+        (["--seed", "5"], "--seed has no effect here: use --seeds"),
+        (["--resume_from_checkpoint", "x"], "goes on by itself"),
+        (["--predict_with_generate", "true"], "use --method generate"),
+        (["--train_file", "a.tsv"], "task='cogs' takes no --train_file"),
     ],
 )
 def test_refusals(files, folder, tmp_path, capsys, more, message):
@@ -239,10 +249,18 @@ def test_each_row_has_one_purpose():
     found, notes = split(train=rows[:20], validation=rows[20:], test=hidden)
     assert (len(found.train), len(found.selection)) == (18, 2)
     assert set(found.final) == {"validation", "test"} and "2 training rows held out" in notes[0]
+    found, notes = split(train=rows, test=hidden)
+    sizes = {name: len(some) for name, some in found.final.items()}
+    assert sizes == {"test": len(hidden), "held_out": 3}
     found, notes = split(train=rows)
     assert [len(x) for x in (found.train, found.selection, found.final["test"])] == [33, 4, 3]
     seen = [row["sentence"] for row in (*found.train, *found.selection, *found.final["test"])]
     assert sorted(seen) == sorted(row["sentence"] for row in rows)
+    # Official files may be sorted by label: a part of them is a sample, in their order.
+    part = some_of(rows, 7)
+    places = [rows.index(row) for row in part]
+    assert len(part) == 7 and places == sorted(places) != list(range(7))
+    assert part == some_of(rows, 7) and some_of(rows, None) == some_of(rows, 99) == rows
     with pytest.raises(ValueError, match="too few"):
         split(train=rows[:1])
 

@@ -83,7 +83,7 @@ def test_label_scores_are_pytorchs(files, folder):
         np.testing.assert_allclose(one["scores"], other["scores"], atol=LABEL_SCORES, rtol=0)
 
 
-def test_it_learns_from_nothing_and_resumes_by_seed(tmp_path):
+def test_it_learns_from_nothing_and_resumes_by_seed(tmp_path, capsys):
     write_task(tmp_path / "files", "imdb", 200)
     task, texts = get_task("imdb"), []
     for rows in load(task, tmp_path / "files").rows.values():
@@ -98,6 +98,9 @@ def test_it_learns_from_nothing_and_resumes_by_seed(tmp_path):
     changed = (out / "seed_0" / "model" / "model.safetensors").stat().st_mtime_ns
     assert run("imdb", "lightweight-tiny", tmp_path / "files", out, *more) == 0
     assert (out / "seed_0" / "model" / "model.safetensors").stat().st_mtime_ns == changed
+    more[more.index("--learning_rate") + 1] = 0.02
+    assert run("imdb", "lightweight-tiny", tmp_path / "files", out, *more) == 2
+    assert "learning_rate was 0.01, is 0.02" in capsys.readouterr().err
 
 
 def test_refusals(files, folder, tmp_path, capsys):

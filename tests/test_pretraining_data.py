@@ -317,11 +317,14 @@ def test_a_tokenizer_is_trained_on_the_text_and_serves_a_run(tmp_path, capsys):
     assert ids[-1] == made.eos_token_id and 2 not in ids
     assert made.tokenizer.decode(ids) == sentence
     prepare(str(text), str(path), tmp_path / "records", workers=1)
+    (tmp_path / "empty").mkdir()
+    runs.write_jsonl(tmp_path / "empty" / "a.jsonl", [])
     for wrong, message in (
         (arguments, "exists. Pass --overwrite"),
         ([*arguments, "--overwrite", "--vocab_size", "100"], "vocab_size=100: expected at least"),
         ([*arguments, "--overwrite", "--data", "none"], "there is no such file or folder"),
         ([*arguments, "--overwrite", "--documents", "0"], "--documents must be 1 or more"),
+        ([*arguments, "--overwrite", "--data", str(tmp_path / "empty")], "There is no text"),
     ):
         with pytest.raises(SystemExit):
             train_tokenizer.main(wrong)

@@ -98,6 +98,21 @@ def test_a_new_version_replaces_code_and_weights(hub, checkpoint, no_processes):
         assert torch.equal(after.state_dict()[key], value)
 
 
+def test_plots_of_several_results_keep_their_names(hub, checkpoint, results, no_processes, capsys):  # noqa: F811
+    other = results.parent.with_name("other") / "results.json"
+    shutil.copytree(results.parent, other.parent)
+    assert run(hub, checkpoint, "--results", results, other) == 2
+    assert "sst2, sst2 are not all different" in capsys.readouterr().err
+    record = json.loads(other.read_text()) | {"task": "imdb"}
+    other.write_text(json.dumps(record))
+    assert run(hub, checkpoint, "--results", results, other) == 0
+    files = hub.repo("user/tiny").find("main").files
+    assert {"plots/sst2_curve.png", "plots/imdb_curve.png"} <= set(files)
+    with pytest.raises(SystemExit):
+        publish.main(["--checkpoint", str(checkpoint), "--repo_id", "tiny"])
+    assert "--repo_id tiny: expected owner/name" in capsys.readouterr().err
+
+
 def test_a_dry_run_sends_nothing(hub, checkpoint, no_processes, capsys):  # noqa: F811
     assert run(hub, checkpoint, "--dry_run") == 0
     assert hub.requests == [] and "nothing was sent" in capsys.readouterr().out
@@ -235,6 +250,9 @@ def test_folders_that_must_not_be_published(hub, checkpoint, capsys, message):  
         ("import socket; socket.create_connection(('127.0.0.1', 9))", "reach the network"),
         ("import subprocess; subprocess.run(['true'])", "start a program"),
         ("open('/tmp/convt5-sandbox-test', 'w')", "tried to write /tmp/convt5-sandbox-test"),
+        ("open(b'/tmp/convt5-sandbox-test', 'w')", "tried to write /tmp/convt5-sandbox-test"),
+        ("import os; os.remove('/tmp/convt5-none')", "tried to write /tmp/convt5-none"),
+        ("import os; os.mkdir('/tmp/convt5-sandbox-test')", "tried to write /tmp/convt5-sandbox"),
     ],
 )
 def test_code_with_side_effects_is_refused(checkpoint, line, message):

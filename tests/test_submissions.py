@@ -209,6 +209,37 @@ def test_missing_predictions_name_the_command(tmp_path, capsys):
     assert main(["check", "--benchmark", "glue", str(tmp_path / "none.zip")]) == 2
 
 
+def test_a_file_is_replaced_only_when_asked_and_only_by_a_good_one(tmp_path, capsys):
+    (tmp_path / "glue.zip").write_text("mine")
+    arguments = ["--predictions", str(tmp_path), "--output", str(tmp_path / "glue.zip")]
+    with pytest.raises(SystemExit):
+        main(["write", "--benchmark", "glue", *arguments])
+    assert "glue.zip exists. Pass --overwrite" in capsys.readouterr().err
+    (tmp_path / "squad").mkdir()
+    lines = [{"index": 0, "id": "q1", "prediction": "a\u2028b"}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "squad" / "predictions_validation.jsonl").write_text(text, "utf-8")
+
+    def data(*ids):
+        qas = [
+            {"id": i, "question": "q", "answers": [{"text": "a", "answer_start": 0}]} for i in ids
+        ]
+        articles = [{"title": "t", "paragraphs": [{"context": "a", "qas": qas}]}]
+        (tmp_path / "dev.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+
+    arguments = ["write", "--benchmark", "squad", "--predictions", str(tmp_path), "--data"]
+    arguments += [str(tmp_path / "dev.json"), "--output", str(tmp_path / "squad.json")]
+    data("q1")
+    assert main(arguments) == 0
+    good = (tmp_path / "squad.json").read_text("utf-8")
+    assert json.loads(good) == {"q1": "a\u2028b"}
+    data("q1", "q2")
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "squad.json, line" in capsys.readouterr().err
+    assert (tmp_path / "squad.json").read_text("utf-8") == good
+    assert not list(tmp_path.glob(".squad*"))
+
+
 def test_many_faults_are_cut_short(glue, tmp_path):
     wrong = changed(glue, tmp_path, "QQP.tsv", lambda lines: [line + b"x" for line in lines])
     with pytest.raises(ValueError) as caught:

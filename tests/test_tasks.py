@@ -148,6 +148,13 @@ def test_words_numbers_and_truth_values():
     assert read_label(get_task("stsb"), "3.25") == 3.25
     assert read_label(get_task("imdb"), "pos") == 1
     assert read_label(get_task("sst2"), 1.0) == 1
+    assert read_label(get_task("sentiment140"), 4.0) == 1
+    assert read_label(get_task("ag_news"), "3.0", shift=1) == 2
+    assert read_label(get_task("sst2"), float("nan")) is None
+    with pytest.raises(ValueError, match="label inf is none of"):
+        read_label(get_task("sst2"), float("inf"))
+    mine = custom_task(["Pos", "neg", "pos", "3.0"], "text", "label")
+    assert [read_label(mine, word) for word in ("pos", "Pos", "NEG", 3.0)] == [2, 0, 1, 3]
 
 
 @pytest.mark.parametrize("name", ["squad", "record", "multirc"])
@@ -208,6 +215,9 @@ def test_formats(tmp_path, kind, ending):
         ("a.jsonl", '{"sentence": "x", "label": 1}\n{"sentence"\n', "line 2 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 is .*expected an object"),
         ("a.jsonl", '{"label": 1}\n', "line 1 has no column 'sentence'"),
+        ("a.jsonl", '{"sentence": null, "label": 1}\n', "line 1: its 'sentence' is empty"),
+        ("a.tsv", "sentence\tlabel\tlabel\nx\t1\t0\n", "its header names 'label' twice"),
+        ("a.tsv.gz", "sentence\tlabel\nx\t1\n", "is damaged, or not a .gz file"),
         ("a.json", '{"data": 3,\n"x": 4}', "holds neither a list"),
         ("a.xml", "<x/>", "of no known format"),
     ],
@@ -220,6 +230,45 @@ def test_refusals_name_the_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         _rows("sst2", tmp_path / name)
     assert name in str(caught.value)
+
+
+def test_cut_archives_are_refused(tmp_path):
+    write_lines(tmp_path / "train.tsv.gz", ["sentence\tlabel", "x\t1"])
+    whole = (tmp_path / "train.tsv.gz").read_bytes()
+    (tmp_path / "train.tsv.gz").write_bytes(whole[:-6])
+    with pytest.raises(ValueError, match="train.tsv.gz is damaged"):
+        _rows("sst2", tmp_path / "train.tsv.gz")
+    (tmp_path / "TRAIN.TSV.GZ").write_bytes(whole)
+    assert _rows("sst2", tmp_path / "TRAIN.TSV.GZ")[0] == [{"sentence": "x", "label": 1}]
+
+
+def test_broken_lines_of_the_official_qqp_are_left_out(tmp_path):
+    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+    write_tsv(
+        tmp_path / "train.tsv", [(1, 2, 3, "a", "b", 0), (4, 5, 6), (7, 8, 9, "c", "d", 1)], header
+    )
+    rows, notes = _rows("qqp", tmp_path / "train.tsv")
+    assert [row["label"] for row in rows] == [0, 1]
+    assert "line 3 has 3 columns, expected 6" in notes[0]
+
+
+def test_jigsaws_labels_are_found_in_their_own_file(tmp_path):
+    columns = ["id", "comment_text"]
+    write_csv(tmp_path / "train.csv", [("a", "x", 1)], [*columns, "toxic"])
+    write_csv(tmp_path / "test.csv", [("b", "one,\ntwo"), ("c", "y"), ("d", "z")], columns)
+    labels = [("d", 1), ("c", -1), ("b", 0)]
+    write_csv(tmp_path / "test_labels.csv", labels, ["id", "toxic"])
+    data = load(get_task("wiki_toxicity"), tmp_path)
+    assert [(row["text"], row["label"]) for row in data.rows["test"]] == [
+        ("one,\ntwo", 0),
+        ("z", 1),
+    ]
+    assert any("1 rows without a label left out" in note for note in data.notes)
+
+
+def test_an_empty_answer_is_a_hidden_one(tmp_path):
+    write_csv(tmp_path / "a.csv", [("q", "c", "")], ["question", "context", "answers"])
+    assert _rows("squad", tmp_path / "a.csv")[0][0]["label"] is None
 
 
 def test_bytes_that_are_not_utf8_are_refused(tmp_path):
