@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Hide())
 source, revision, home, result = sys.argv[1:]
 online = "HF_HUB_OFFLINE" not in os.environ
 REFUSED = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen")
-CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 armed = False
 
 def guard(event, arguments):
@@ -44,6 +44,8 @@ def guard(event, arguments):
             paths = arguments[:1]
     elif event in CHANGES:
         paths = arguments[:2]
+    elif event == "os.symlink":  # what it points to is looked at when it is opened
+        paths = arguments[1:2]
     for path in paths:
         if isinstance(path, (str, bytes, os.PathLike)):
             path = os.path.realpath(os.fsdecode(path))
