@@ -82,7 +82,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
                 fields = {"task": args.task, "model": model, "tokenizer": tokenizer}
                 fields |= {"data_dir": args.task_dir, "seeds": args.seeds}
                 fields |= {"max_train_rows": args.labels, "max_steps": args.finetune_steps}
-                fields |= {"max_input_length": 64}
+                fields |= {"max_input_length": 64, "eval_steps": max(1, args.finetune_steps // 4)}
+                fields |= {"train_sampling_strategy": "group_by_length"}
                 folder = work / "cells" / f"{args.task}-{family}-{start}"
                 command = ["examples/finetune.py", *options(fields)]
                 fine_tunings[folder] = (family, str(start), command)
