@@ -84,6 +84,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
                 fields |= {"max_train_rows": args.labels, "max_steps": args.finetune_steps}
                 fields |= {"max_input_length": 64, "eval_steps": max(1, args.finetune_steps // 4)}
                 fields |= {"train_sampling_strategy": "group_by_length"}
+                fields |= {"learning_rate": args.finetune_rate}
                 folder = work / "cells" / f"{args.task}-{family}-{start}"
                 command = ["examples/finetune.py", *options(fields)]
                 fine_tunings[folder] = (family, str(start), command)
@@ -183,7 +184,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--milestones", type=int, nargs="+", default=[1500, 6000], help="steps")
     add("--labels", type=int, default=2000, help="training rows of the task")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--finetune_steps", type=int, default=500)
+    add("--finetune_steps", type=int, default=160)
+    add("--finetune_rate", type=float, default=1e-2, help="learning rate; so small a model's")
     add("--override", nargs="+", default=[], metavar="FIELD=VALUE", help="of tiny_cpu.py")
     add("--workers", type=int, default=os.cpu_count() or 1, help="fine-tunings at once")
     add("--output_dir", type=Path, default=Path(__file__).parent / "results")
