@@ -141,7 +141,7 @@ def test_cells_are_run_once_and_name_the_one_that_fails(tmp_path):
     )
     commands = {tmp_path / name: [str(script), name] for name in ("a", "b", "c")}
     commands[tmp_path / "b"] = [str(script), "wrong"]
-    with pytest.raises(RuntimeError, match="b ended with exit code 1; .*no such model"):
+    with pytest.raises(RuntimeError, match=r"(?s)b ended with exit code 1; .*no such model"):
         run_cells(commands, workers=1)
     assert (tmp_path / "a" / "results.json").is_file()
     kept = json.loads((tmp_path / "a" / "results.json").read_text()) | {"found": "kept"}
