@@ -11,7 +11,6 @@ the curves of the losses and of the gain beside them.
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -23,8 +22,8 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks.benchmark_convolution import processor, write
-from benchmarks.cells import ROOT, options, run_cells
+from benchmarks.benchmark_convolution import processor
+from benchmarks.cells import ROOT, options, results_path, run_cells, said, write_results
 from pretraining.export import save_tokenizer
 from pretraining.metrics import read_records
 from pretraining.plot import plot
@@ -148,7 +147,7 @@ def report(results: dict) -> str:
             cells.append(f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f}")
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     for name in ("losses", "gain"):
-        lines += ["", f"![{name}](families_{results['slug']}_{name}.png)"]
+        lines += ["", f"![{name}]({results['stem']}_{name}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -211,18 +210,12 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(str(error)) from None
     losses = {f: read_records(args.work_dir / f / "metrics.jsonl") for f in FAMILIES}
     results = summary(args, found, losses)
-    command = shlex.join(["python", "-m", "benchmarks.benchmark_families", *arguments])
-    for name in ("text", "task_dir", "tokenizer", "work_dir"):
-        command = command.replace(str(getattr(args, name)), name.upper())
-    slug = "-".join(processor().lower().split()[:2]) + f"_{date.today()}"
-    results |= {"command": command, "slug": slug}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    stem = args.output_dir / f"families_{slug}"
-    write(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-    write(stem.with_suffix(".md"), report(results))
-    plot(losses, stem.with_name(f"{stem.name}_losses.png"))
-    draw_gain(results, stem.with_name(f"{stem.name}_gain.png"))
-    print(report(results))
+    paths = {name: getattr(args, name) for name in ("text", "task_dir", "tokenizer", "work_dir")}
+    path = results_path(args.output_dir, "families")
+    results |= {"command": said("benchmark_families", arguments, paths), "stem": path.stem}
+    write_results(path, results, report(results))
+    plot(losses, path.with_name(f"{path.stem}_losses.png"))
+    draw_gain(results, path.with_name(f"{path.stem}_gain.png"))
 
 
 if __name__ == "__main__":

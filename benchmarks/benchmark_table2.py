@@ -18,7 +18,6 @@ number the pre-trained one's is higher. Results go to OUTPUT_DIR/table2_<hardwar
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 from datetime import date
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.benchmark_convolution import processor, write
 from benchmarks.benchmark_families import FAMILIES, folder_of_tokenizer, pretrain
-from benchmarks.cells import options, run_cells
+from benchmarks.cells import options, results_path, run_cells, said, write_results
 from pretraining.prepare import prepare
 from pretraining.records import is_prepared
 
@@ -255,11 +254,9 @@ def main(arguments: list[str]) -> None:
         found = measure(args)
     except (OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
-    command = shlex.join(["python", "-m", "benchmarks.benchmark_table2", *arguments])
-    for name in ("data_dir", "text", "tokenizer", "work_dir"):
-        command = command.replace(str(getattr(args, name)), name.upper())
+    paths = {name: getattr(args, name) for name in ("data_dir", "text", "tokenizer", "work_dir")}
     results = {
-        "command": command,
+        "command": said("benchmark_table2", arguments, paths),
         "date": str(date.today()),
         "hardware": processor(),
         "cores": os.cpu_count(),
@@ -274,12 +271,7 @@ def main(arguments: list[str]) -> None:
             for task, families in found.items()
         },
     }
-    slug = "-".join(processor().lower().split()[:2])
-    path = args.output_dir / f"table2_{slug}_{date.today()}.json"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(results, indent=1) + "\n")
-    write(path.with_suffix(".md"), report(results))
-    print(report(results))
+    write_results(results_path(args.output_dir, "table2"), results, report(results))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import shlex
 import shutil
 import sys
 from datetime import date
@@ -28,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.benchmark_convolution import processor, write
-from benchmarks.cells import options, run_cells
+from benchmarks.cells import options, results_path, run_cells, said, write_results
 from modeling_convt5 import ConvT5Config
 
 PRESET = "lightweight-tiny"
@@ -178,15 +177,13 @@ def main(arguments: list[str]) -> None:
         records = run_cells({folder: cell[-1] for folder, cell in cells.items()}, args.workers)
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
-    command = shlex.join(["python", "-m", "benchmarks.benchmark_two_sentences", *arguments])
-    for name in ("work_dir", "snli", "tokenizer"):
-        command = command.replace(str(getattr(args, name)), name.upper())
+    paths = {name: getattr(args, name) for name in ("work_dir", "snli", "tokenizer")}
     accuracy, rows = {}, {}
     for folder, (task, encoder, _) in cells.items():
         accuracy.setdefault(task, {})[encoder] = records[folder]["metrics"]["accuracy"]
         rows[task] = ", ".join(f"{n:,} {split}" for split, n in records[folder]["rows"].items())
     results = {
-        "command": command,
+        "command": said("benchmark_two_sentences", arguments, paths),
         "date": str(date.today()),
         "hardware": processor(),
         "cores": os.cpu_count(),
@@ -200,12 +197,7 @@ def main(arguments: list[str]) -> None:
         },
         "accuracy": accuracy,
     }
-    slug = "-".join(processor().lower().split()[:2])
-    path = args.output_dir / f"two-sentences_{slug}_{date.today()}.json"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(results, indent=1) + "\n")
-    write(path.with_suffix(".md"), report(results))
-    print(report(results))
+    write_results(results_path(args.output_dir, "two-sentences"), results, report(results))
 
 
 if __name__ == "__main__":

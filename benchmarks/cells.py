@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
+
+from benchmarks.benchmark_convolution import processor, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +71,28 @@ def _run(folder, command, threads):
     if code:
         end = log.read_text(errors="replace")[-1500:]
         raise RuntimeError(f"{folder.name} ended with exit code {code}; the end of {log}:\n{end}")
+
+
+def said(module: str, arguments: list[str], paths: dict[str, object]) -> str:
+    """The command of a page: a path of this machine is replaced by its argument's name."""
+    command = shlex.join(["python", "-m", f"benchmarks.{module}", *arguments])
+    for name, path in paths.items():
+        command = command.replace(str(path), name.upper())
+    return command
+
+
+def results_path(folder: Path, kind: str) -> Path:
+    """FOLDER/KIND_<hardware>_<date>.json."""
+    slug = "-".join(processor().lower().split()[:2])
+    return folder / f"{kind}_{slug}_{date.today()}.json"
+
+
+def write_results(path: Path, results: dict, page: str) -> None:
+    """The results as JSON, and the page beside them and on standard output."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(results, indent=1) + "\n")
+    write(path.with_suffix(".md"), page)
+    print(page)
 
 
 def options(fields: dict) -> Iterable[str]:
