@@ -178,6 +178,7 @@ def main(arguments: list[str]) -> None:
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
     paths = {name: getattr(args, name) for name in ("work_dir", "snli", "tokenizer")}
+    paths = {name: path for name, path in paths.items() if path}
     accuracy, rows = {}, {}
     for folder, (task, encoder, _) in cells.items():
         accuracy.setdefault(task, {})[encoder] = records[folder]["metrics"]["accuracy"]
