@@ -210,9 +210,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(str(error)) from None
     losses = {f: read_records(args.work_dir / f / "metrics.jsonl") for f in FAMILIES}
     results = summary(args, found, losses)
-    paths = {name: getattr(args, name) for name in ("text", "task_dir", "tokenizer", "work_dir")}
     path = results_path(args.output_dir, "families")
-    results |= {"command": said("benchmark_families", arguments, paths), "stem": path.stem}
+    results |= {"command": said("benchmark_families", arguments, args), "stem": path.stem}
     write_results(path, results, report(results))
     plot(losses, path.with_name(f"{path.stem}_losses.png"))
     draw_gain(results, path.with_name(f"{path.stem}_gain.png"))

@@ -254,9 +254,8 @@ def main(arguments: list[str]) -> None:
         found = measure(args)
     except (OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
-    paths = {name: getattr(args, name) for name in ("data_dir", "text", "tokenizer", "work_dir")}
     results = {
-        "command": said("benchmark_table2", arguments, paths),
+        "command": said("benchmark_table2", arguments, args),
         "date": str(date.today()),
         "hardware": processor(),
         "cores": os.cpu_count(),

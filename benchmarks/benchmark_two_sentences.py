@@ -177,14 +177,12 @@ def main(arguments: list[str]) -> None:
         records = run_cells({folder: cell[-1] for folder, cell in cells.items()}, args.workers)
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
-    paths = {name: getattr(args, name) for name in ("work_dir", "snli", "tokenizer")}
-    paths = {name: path for name, path in paths.items() if path}
     accuracy, rows = {}, {}
     for folder, (task, encoder, _) in cells.items():
         accuracy.setdefault(task, {})[encoder] = records[folder]["metrics"]["accuracy"]
         rows[task] = ", ".join(f"{n:,} {split}" for split, n in records[folder]["rows"].items())
     results = {
-        "command": said("benchmark_two_sentences", arguments, paths),
+        "command": said("benchmark_two_sentences", arguments, args),
         "date": str(date.today()),
         "hardware": processor(),
         "cores": os.cpu_count(),

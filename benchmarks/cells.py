@@ -1,5 +1,6 @@
 """Fine-tunings that make up a table: what is missing is run, several processes at a time."""
 
+import argparse
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from benchmarks.benchmark_convolution import processor, write
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = ("data_dir", "text", "task_dir", "snli", "tokenizer", "work_dir", "output_dir")
 
 
 def run_cells(commands: dict[Path, list[str]], workers: int) -> dict[Path, dict]:
@@ -73,11 +75,12 @@ def _run(folder, command, threads):
         raise RuntimeError(f"{folder.name} ended with exit code {code}; the end of {log}:\n{end}")
 
 
-def said(module: str, arguments: list[str], paths: dict[str, object]) -> str:
+def said(module: str, arguments: list[str], args: argparse.Namespace) -> str:
     """The command of a page: a path of this machine is replaced by its argument's name."""
     command = shlex.join(["python", "-m", f"benchmarks.{module}", *arguments])
-    for name, path in paths.items():
-        command = command.replace(str(path), name.upper())
+    for name in PATHS:
+        if path := getattr(args, name, None):
+            command = command.replace(str(path), name.upper())
     return command
 
 

@@ -7,6 +7,7 @@ disk before the checkpoint of that step, and a run that is taken up first drops 
 import json
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ from .tokens import TokenizerFile, open_tokenizer
 FINISHED, PREEMPTED = 0, 75
 # Rewinds to one checkpoint before the run gives up: the fault is not in the batches then.
 _MAX_REWINDS = 3
+# Steps that wait in the devices' queue: one keeps them busy. The loop would run ahead by up to
+# log_every steps, which a pre-emption, given half a minute or so, had to wait for before saving.
+_QUEUED = 2
 
 
 class BadStep(RuntimeError):
@@ -228,12 +232,15 @@ def train(run: Run, preemption: Preemption) -> int:
     )
     show = jax.process_index() == 0 and sys.stderr.isatty()
     bar = tqdm(initial=step, total=settings.train_steps, unit="step", disable=not show)
-    skipped, rewinds, stopped = int(state["skipped"]), 0, False
+    skipped, rewinds, stopped, queue = int(state["skipped"]), 0, False, deque()
     preemption.training = True
     while step < settings.train_steps and not stopped:
         batch = next(data)
         state, metrics = run.train(state, run.to_devices(batch))
         step += 1
+        queue.append(metrics["loss"])
+        if len(queue) > _QUEUED:
+            jax.block_until_ready(queue.popleft())
         clock.step()
         bar.update()
         last = step == settings.train_steps

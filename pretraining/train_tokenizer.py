@@ -7,8 +7,11 @@ end, <extra_id_0> the last. Trained on a sample of the documents that `pretraini
 """
 
 import argparse
+import json
+import math
 import random
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from .tokens import MULTIPLE
 
 SENTINELS = 100
 SPECIAL = ("<pad>", "</s>", "<unk>")
+FREQUENT = 1e-5  # share of the words
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -48,18 +52,48 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.Metaspace()
+    texts = list(texts)
+    short = dict(_short_words(texts).most_common(max(0, vocab_size - least)))
     trainer = UnigramTrainer(
-        vocab_size=vocab_size - SENTINELS, special_tokens=list(SPECIAL), unk_token="<unk>"
+        vocab_size=vocab_size - SENTINELS - len(short),
+        special_tokens=list(SPECIAL),
+        unk_token="<unk>",
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() <= len(SPECIAL):
         raise ValueError("There is no text to train a tokenizer on.")
+    _add_words(tokenizer, short, texts)
     # Small text may not fill the vocabulary; the sentinels still end it, highest id first.
     tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(SENTINELS))])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     return tokenizer
+
+
+def _short_words(texts):
+    """Counts of the frequent words of one character, "▁(" or "▁1"; of "(1)", "▁(" is one.
+
+    The trainer's candidates are what several different words have in common, and these are often
+    like no other: "▁(" would stay two tokens however frequent it is.
+    """
+    counts, words = Counter(), 0
+    for text in texts:
+        found = [word for word in unicodedata.normalize("NFKC", text).split(" ") if word]
+        words += len(found)
+        counts.update(f"▁{w[0]}" for w in found if len(w) == 1 or not w[0].isalpha())
+    return Counter({word: n for word, n in counts.items() if n >= FREQUENT * words})
+
+
+def _add_words(tokenizer, counts, texts):
+    """Make the words tokens, at their share of all tokens: the likeliest scores of a Unigram."""
+    model = json.loads(tokenizer.to_str())["model"]
+    total = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(texts))
+    known = {piece for piece, _ in model["vocab"]}
+    new = [(word, math.log(n / total)) for word, n in counts.items() if word not in known]
+    tokenizer.model = models.Unigram(
+        [(piece, score) for piece, score in model["vocab"]] + new, unk_id=model["unk_id"]
+    )
 
 
 def sample(data: str, documents: int) -> Iterator[str]:

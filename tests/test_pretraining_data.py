@@ -332,6 +332,19 @@ def test_a_tokenizer_is_trained_on_the_text_and_serves_a_run(tmp_path, capsys):
     assert open_tokenizer(str(path)).sha256 == made.sha256
 
 
+def test_a_frequent_word_of_one_character_is_one_token():
+    texts = ["the cat ( x _ 1 ) ; the dog ( x _ 2 ) sees (them) 1st"] * 50
+    made = train_tokenizer.train_tokenizer(texts, 160)
+    assert made.get_vocab_size() <= 160 and made.token_to_id("<extra_id_0>") == (
+        made.get_vocab_size() - 1
+    )
+    tokens = made.encode("( x _ 1 ) ; ( x _ 2 )", add_special_tokens=False).tokens
+    assert tokens == "▁( ▁x ▁_ ▁1 ▁) ▁; ▁( ▁x ▁_ ▁2 ▁)".split()
+    assert made.encode("(them) 1st").tokens[0] == "▁("
+    # As many as there is room for: the sentinels and special tokens come first.
+    assert train_tokenizer.train_tokenizer(texts, 130).get_vocab_size() <= 130
+
+
 def test_the_sample_is_fair_to_all_sources_and_the_same_every_time(tmp_path):
     for name, count in (("a", 50), ("b", 3)):
         runs.write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(count)])

@@ -9,6 +9,9 @@ import numpy as np
 import pretraining_runs as runs
 import pytest
 
+from pretraining.settings import Settings
+from pretraining.train import Preemption, set_up, train
+
 STEPS = 24
 SECONDS = 300  # a process that gets nowhere in this time has failed
 
@@ -111,6 +114,28 @@ def test_twenty_kills_and_five_terminations(setup):
     kinds = [kind for kind, _ in ended]
     assert kinds.count("term") == 5 and len(kinds) == 25, ended
     assert_same(root / "many", root / "long", 120)
+
+
+def test_the_loop_waits_for_the_devices(setup, tmp_path):
+    """A pre-emption saves at most two steps later, however seldom the run logs."""
+    root, fields, _ = setup
+    fields = {**runs.FAST, **fields, "train_steps": 6, "log_every": 6, "eval_every": 0}
+    run = set_up(Settings(**{**fields, "checkpoint_every": 6}), tmp_path / "run")
+    step, started, finished = run.train, [], []
+
+    class Loss:
+        def block_until_ready(self):
+            finished.append(self)
+
+    def watched(state, batch):
+        assert len(started) - len(finished) <= 2
+        state, metrics = step(state, batch)
+        started.append(Loss())
+        return state, metrics if len(started) == 6 else {**metrics, "loss": started[-1]}
+
+    run.train = watched
+    assert train(run, Preemption()) == 0
+    assert finished == started[: len(finished)] and len(started) == 6
 
 
 def test_the_same_command_on_a_finished_run_changes_nothing(setup):
