@@ -2,14 +2,15 @@
 
     python -m benchmarks.benchmark_two_sentences --work_dir WORK [--snli snli.dev.jsonl]
 
-Three encoders of the tiny preset, the decoder always lightweight: convolutions only, one attention
-layer among them, attention everywhere. They learn
+Three encoders, the decoder always lightweight: convolutions only, attention in the last layer,
+attention everywhere. They learn, from nothing,
 
-- a generated task: a first text of facts ("kay red . moe blue ..."), filler, then a claim ("moe
-  red ?"), to be answered with yes or no. Claim and fact lie farther apart than the convolutions'
-  receptive field, and every word of the claim is in the facts, so that only pairs decide. Once with
-  a decoder that attends to the encoder, once with one that sees the encoder's mean;
-- SNLI's development rows, split (its training rows are not at hand), --tokenizer and --snli given.
+- questions, generated: a text of facts ("n2 c9 n0 c61 ..."), filler, then a name ("n0 ?"), to be
+  answered with what follows the name in the text. Facts and question lie farther apart than the
+  convolutions' receptive field. The model is small (`QUESTIONS`) and its decoder has no
+  cross-attention: it sees the encoder's mean, so that the encoder has to bring the texts together;
+- SNLI's development rows, split (its training rows are not at hand), --tokenizer and --snli given,
+  with the tiny preset and its cross-attention.
 
 Runs what is missing in WORK. Results go to OUTPUT_DIR/two-sentences_<hardware>_<date>.json, .md.
 """
@@ -31,38 +32,58 @@ from benchmarks.cells import options, results_path, run_cells, said, write_resul
 from modeling_convt5 import ConvT5Config
 
 PRESET = "lightweight-tiny"
-ENCODERS = {
-    "convolutions only": ["lightweight"] * 4,
-    "one attention layer": ["lightweight", "lightweight", "attention", "lightweight"],
-    "attention everywhere": ["attention"] * 4,
+ENCODERS = ("convolutions only", "attention in the last layer", "attention everywhere")
+QUESTIONS = {
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "d_model": 64,
+    "d_ff": 256,
+    "num_heads": 4,
+    "d_kv": 16,
+    "cross_attention": False,
+    "dropout_rate": 0.0,
 }
-SPLITS = {"train": 20, "validation": 1, "test": 2}  # in units of --test_rows / 2
 FILLER = [f"f{i}" for i in range(16)]
 
 
-def claim_row(generator: random.Random, args: argparse.Namespace) -> dict:
+def config(task: str, encoder: str) -> dict:
+    """The fields that differ from the preset."""
+    fields = dict(QUESTIONS) if task == "questions" else {}
+    layers = ConvT5Config.from_preset(PRESET, **fields).num_layers
+    attention = {ENCODERS[0]: 0, ENCODERS[1]: 1, ENCODERS[2]: layers}[encoder]
+    mixers = ["lightweight"] * (layers - attention) + ["attention"] * attention
+    return {**fields, "encoder_mixers": mixers}
+
+
+def receptive_field(task: str, encoder: str) -> int | None:
+    """Tokens that a position of the encoder can see, None for all."""
+    return ConvT5Config.from_preset(PRESET, **config(task, encoder)).receptive_field("encoder")
+
+
+def question_row(generator: random.Random, args: argparse.Namespace) -> dict:
     """One row of the generated task: {"text", "label"}."""
-    names = generator.sample(range(args.values), args.facts)
-    colours = generator.sample(range(args.values), args.facts)
-    asked, right = generator.randrange(args.facts), generator.random() < 0.5
-    other = (asked + generator.randrange(1, args.facts)) % args.facts
-    facts = [f"n{name} c{colour} ." for name, colour in zip(names, colours, strict=True)]
+    names = generator.sample(range(args.facts), args.facts)
+    values = generator.sample(range(args.values), args.facts)
+    facts = [f"n{name} c{value}" for name, value in zip(names, values, strict=True)]
     filler = generator.choices(FILLER, k=args.gap)
-    claim = f"n{names[asked]} c{colours[asked if right else other]} ?"
-    return {"text": " ".join([*facts, *filler, claim]), "label": "yes" if right else "no"}
+    asked = generator.randrange(args.facts)
+    text = " ".join([*facts, *filler, f"n{names[asked]} ?"])
+    return {"text": text, "label": f"c{values[asked]}"}
 
 
-def make_claims(folder: Path, args: argparse.Namespace) -> None:
-    """The generated task's files and its tokenizer, a word a token."""
+def make_questions(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
+    """The generated task's files, and its tokenizer, a word a token, in `folder`."""
+    sizes = {"train": args.train_rows, "validation": 500, "test": args.test_rows}
+    files = {f"{split}_file": folder / f"{split}.jsonl" for split in sizes}
     if (folder / "tokenizer" / "tokenizer.json").is_file():
-        return
+        return files
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (split, share) in enumerate(SPLITS.items()):
+    for number, (path, size) in enumerate(zip(files.values(), sizes.values(), strict=True)):
         generator = random.Random(number)
-        rows = (claim_row(generator, args) for _ in range(share * args.test_rows // 2))
-        write(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    words = ["<pad>", "</s>", "<unk>", ".", "?", "yes", "no", *FILLER]
-    words += [f"{kind}{i}" for kind in "nc" for i in range(args.values)]
+        rows = (question_row(generator, args) for _ in range(size))
+        write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    words = ["<pad>", "</s>", "<unk>", "?", *FILLER]
+    words += [f"n{i}" for i in range(args.facts)] + [f"c{i}" for i in range(args.values)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -71,66 +92,71 @@ def make_claims(folder: Path, args: argparse.Namespace) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "tokenizer")
+    return files
 
 
 def commands(args: argparse.Namespace) -> dict[Path, tuple[str, str, list[str]]]:
     """{folder: (task, encoder, arguments of python)}."""
-    made_of = (args.facts, args.values, args.gap, args.test_rows)
-    claims, found = args.work_dir / "claims-{}-{}-{}-{}".format(*made_of), {}
-    make_claims(claims, args)
-    files = {f"{split}_file": claims / f"{split}.jsonl" for split in SPLITS}
-    tasks = {}
-    for name, cross in (("claims, attending", True), ("claims, mean only", False)):
-        fields = {"task": "custom", **files, "tokenizer": claims / "tokenizer"}
-        fields |= {"max_steps": args.steps, "per_device_train_batch_size": 64}
-        tasks[name] = (cross, fields)
+    made_of = (args.facts, args.values, args.gap, args.train_rows, args.test_rows)
+    folder, found = args.work_dir / "questions-{}-{}-{}-{}-{}".format(*made_of), {}
+    tasks = {
+        "questions": {
+            "task": "custom",
+            **make_questions(folder, args),
+            "tokenizer": folder / "tokenizer",
+            "max_steps": args.steps,
+            "eval_steps": -(-args.steps // 5),
+            "per_device_train_batch_size": 64,
+        }
+    }
     if args.snli:
         folder = args.work_dir / "snli"
         folder.mkdir(exist_ok=True)
         shutil.copyfile(args.snli, folder / "train.jsonl")  # split by finetune.py
-        fields = {"task": "mnli", "data_dir": folder, "tokenizer": args.tokenizer}
-        tasks["snli"] = (True, fields | {"max_steps": args.snli_steps, "max_input_length": 96})
-    for task, (cross, fields) in tasks.items():
-        for encoder, mixers in ENCODERS.items():
-            overrides = [
-                f"encoder_mixers={json.dumps(mixers)}",
-                f"cross_attention={json.dumps(cross)}",
-                "dropout_rate=0.0",
-            ]
-            fields = {**fields, "model": PRESET, "config_overrides": overrides, "seeds": args.seeds}
-            folder = args.work_dir / "cells" / f"{task}-{encoder}".replace(", ", "-")
-            found[Path(str(folder).replace(" ", "-"))] = (
-                task,
-                encoder,
-                ["examples/finetune.py", *options(fields)],
-            )
+        tasks["snli"] = {
+            "task": "mnli",
+            "data_dir": folder,
+            "tokenizer": args.tokenizer,
+            "max_steps": args.snli_steps,
+            "eval_steps": -(-args.snli_steps // 3),
+            "max_input_length": 96,
+            "train_sampling_strategy": "group_by_length",
+        }
+    for task, fields in tasks.items():
+        for encoder in ENCODERS:
+            changed = [f"{n}={json.dumps(value)}" for n, value in config(task, encoder).items()]
+            fields = {**fields, "model": PRESET, "config_overrides": changed}
+            fields |= {"seeds": args.seeds, "learning_rate": args.learning_rate}
+            folder = args.work_dir / "cells" / f"{task}-{encoder}".replace(" ", "-")
+            found[folder] = (task, encoder, ["examples/finetune.py", *options(fields)])
     return found
 
 
 def report(results: dict) -> str:
     """The page."""
+    tasks = results["accuracy"]
     lines = [
         f"# Two texts at once, {results['date']}",
         "",
         f"    {results['command']}",
         "",
         f"{results['hardware']}, {results['cores']} cores. Accuracy in per cent, mean ± standard "
-        f"deviation over seeds {', '.join(map(str, results['seeds']))}; guessing is right in 50 "
-        f"(claims) and 34 (SNLI). {PRESET}, untrained, its encoder's mixers replaced. Claims: "
-        f"{results['facts']} facts, a gap of {results['gap']} tokens, the decoder attending to the "
-        "encoder or seeing its mean only. "
-        + "; ".join(f"{task}: {rows}" for task, rows in results["rows"].items())
-        + ".",
+        f"deviation over seeds {', '.join(map(str, results['seeds']))}, not pre-trained; beside it "
+        "how many tokens a position of the encoder sees. Questions: "
+        f"{results['facts']} facts, a gap of {results['gap']} tokens; who knows the facts but not "
+        f"which is asked for is right in {100 / results['facts']:.0f}. SNLI: guessing is right in "
+        "34. Rows: " + "; ".join(f"{task} {rows}" for task, rows in results["rows"].items()) + ".",
         "",
-        "| encoder | receptive field | " + " | ".join(results["accuracy"]) + " |",
-        "|---" * (2 + len(results["accuracy"])) + "|",
+        "| encoder | " + " | ".join(f"{task} | sees" for task in tasks) + " |",
+        "|---" * (1 + 2 * len(tasks)) + "|",
     ]
-    for encoder, field in results["receptive_field"].items():
-        cells = [
-            f"{100 * found[encoder]['mean']:.1f} ± {100 * found[encoder]['std']:.1f}"
-            for found in results["accuracy"].values()
-        ]
-        lines.append(f"| {encoder} | {field or 'all'} | " + " | ".join(cells) + " |")
+    for encoder in ENCODERS:
+        cells = []
+        for task, found in tasks.items():
+            accuracy = found[encoder]
+            cells.append(f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}")
+            cells.append(f"{results['receptive_field'][task][encoder] or 'all'}")
+        lines.append(f"| {encoder} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,17 +170,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--work_dir", type=Path, required=True, help="files and results, to go on from")
     add("--snli", type=Path, help="SNLI's rows as jsonl: premise, hypothesis, label")
     add("--tokenizer", type=Path, help="of SNLI's texts")
-    add("--facts", type=int, default=6, help="of a row")
-    add("--values", type=int, default=32, help="different names, and colours")
-    add("--gap", type=int, default=30, help="tokens between the facts and the claim")
-    add("--test_rows", type=int, default=4000, help="generated; ten times as many to train on")
-    add("--steps", type=int, default=2000)
-    add("--snli_steps", type=int, default=1000)
+    add("--facts", type=int, default=4, help="of a row")
+    add("--values", type=int, default=64, help="that a name can have")
+    add("--gap", type=int, default=16, help="tokens between the facts and the question")
+    add("--train_rows", type=int, default=80_000, help="generated")
+    add("--test_rows", type=int, default=2000, help="generated")
+    add("--steps", type=int, default=2500)
+    add("--snli_steps", type=int, default=300)
+    add("--learning_rate", type=float, default=1e-2)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--workers", type=int, default=os.cpu_count() or 1, help="trainings at once")
     add("--output_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
-    field = ConvT5Config.from_preset(PRESET).receptive_field("encoder")
+    field = receptive_field("questions", ENCODERS[0])
     if args.gap < field:
         parser.error(f"--gap {args.gap}: expected the receptive field, {field}, or more.")
     if not 2 <= args.facts <= args.values:
@@ -191,8 +219,8 @@ def main(arguments: list[str]) -> None:
         "gap": args.gap,
         "rows": rows,
         "receptive_field": {
-            encoder: ConvT5Config.from_preset(PRESET, encoder_mixers=mixers).receptive_field()
-            for encoder, mixers in ENCODERS.items()
+            task: {encoder: receptive_field(task, encoder) for encoder in ENCODERS}
+            for task in accuracy
         },
         "accuracy": accuracy,
     }

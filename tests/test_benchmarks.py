@@ -10,7 +10,12 @@ import pretraining_runs as runs
 import pytest
 from task_files import write_task
 
-from benchmarks import benchmark_convolution, benchmark_families, benchmark_table2
+from benchmarks import (
+    benchmark_convolution,
+    benchmark_families,
+    benchmark_table2,
+    benchmark_two_sentences,
+)
 from benchmarks.cells import run_cells
 
 ROOT = Path(__file__).parent.parent
@@ -202,7 +207,8 @@ def test_families_makes_what_is_missing_and_table2_goes_on_from_it(tmp_path, fam
     more += ["squad-head"]
     more += ["--finetune", "max_steps=2", "eval_steps=2", "seeds=0"]
     benchmark_table2.main([*arguments, *map(str, more)])
-    page = next(results.glob("table2_*.md")).read_text()
+    page = next(results.glob("table2-sst2-cogs-squad-head_*.md")).read_text()
+    assert "with 2,000 steps instead: 0.0." in page
     assert "| model | | sst2 | cogs | squad-head | s140 |" in page and "by type" in page
     assert page.count("| gain |") == 4
 
@@ -220,3 +226,41 @@ def test_families_and_table2_name_a_wrong_argument(tmp_path, families, capsys):
         with pytest.raises(SystemExit):
             module.parse([*arguments, *more])
         assert message in capsys.readouterr().err
+
+
+def test_two_sentences_runs_once_and_reports(tmp_path):
+    arguments = ["--work_dir", tmp_path / "work", "--output_dir", tmp_path / "results"]
+    arguments += "--facts 2 --values 4 --train_rows 64 --test_rows 8 --steps 1 --seeds 0".split()
+    arguments = [str(a) for a in arguments]
+    benchmark_two_sentences.main(arguments)
+    (path,) = (tmp_path / "results").glob("two-sentences_*.json")
+    results = json.loads(path.read_text())
+    assert results["receptive_field"]["questions"] == {
+        "convolutions only": 13,
+        "attention in the last layer": None,
+        "attention everywhere": None,
+    }
+    assert results["rows"] == {"questions": "64 train, 500 validation, 8 test"}
+    assert str(tmp_path) not in path.read_text()
+    (made,) = (tmp_path / "work").glob("questions-*/test.jsonl")
+    for row in map(json.loads, made.read_text().splitlines()):
+        words = row["text"].split()
+        assert words[words.index(words[-2]) + 1] == row["label"] and len(words) == 4 + 16 + 2
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*")}
+    benchmark_two_sentences.main(arguments)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gap 12", "--gap 12: expected the receptive field, 13, or more"),
+        ("--facts 65", "--facts 65: expected 2 or more, at most --values 64"),
+        ("--snli none", "--snli and --tokenizer go together"),
+        ("--snli none --tokenizer none", "--snli none: there is no such file"),
+    ],
+)
+def test_two_sentences_names_a_wrong_argument(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_two_sentences.parse(["--work_dir", "work", *arguments.split()])
+    assert message in capsys.readouterr().err
