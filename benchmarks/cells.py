@@ -35,7 +35,7 @@ def run_cells(commands: dict[Path, list[str]], workers: int) -> dict[Path, dict]
     for folder in commands.keys() - missing.keys():
         _record(folder, commands[folder])
     bar = tqdm(total=len(commands), initial=len(commands) - len(missing), unit="cell", disable=None)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, _cores() // workers)
     pool = ThreadPoolExecutor(workers)
     try:
         running = [pool.submit(_run, f, command, threads) for f, command in missing.items()]
@@ -46,6 +46,13 @@ def run_cells(commands: dict[Path, list[str]], workers: int) -> dict[Path, dict]
         pool.shutdown(cancel_futures=True)
         bar.close()
     return {folder: _record(folder, command) for folder, command in commands.items()}
+
+
+def _cores():
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _record(folder, command):
