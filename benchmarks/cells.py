@@ -16,6 +16,7 @@ from tqdm import tqdm
 from benchmarks.benchmark_convolution import processor, write
 
 ROOT = Path(__file__).resolve().parents[1]
+READING = "\n## Reading\n"
 PATHS = ("data_dir", "text", "task_dir", "snli", "tokenizer", "work_dir", "output_dir")
 
 
@@ -98,10 +99,15 @@ def results_path(folder: Path, kind: str) -> Path:
 
 
 def write_results(path: Path, results: dict, page: str) -> None:
-    """The results as JSON, and the page beside them and on standard output."""
+    """The results as JSON, and the page beside them and on standard output.
+
+    What someone wrote under the heading "Reading" of a page that is there stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(results, indent=1) + "\n")
-    write(path.with_suffix(".md"), page)
+    old = path.with_suffix(".md")
+    _, heading, reading = old.read_text("utf-8").partition(READING) if old.exists() else ("",) * 3
+    write(old, page + heading + reading)
     print(page)
 
 

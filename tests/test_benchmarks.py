@@ -247,7 +247,11 @@ def test_two_sentences_runs_once_and_reports(tmp_path):
         words = row["text"].split()
         assert words[words.index(words[-2]) + 1] == row["label"] and len(words) == 4 + 16 + 2
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*")}
+    with path.with_suffix(".md").open("a", encoding="utf-8") as page:
+        page.write("\n## Reading\n\nNothing is learned in one step.\n")
     benchmark_two_sentences.main(arguments)
+    page = path.with_suffix(".md").read_text("utf-8")
+    assert page.endswith("| all |\n\n## Reading\n\nNothing is learned in one step.\n")
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*")}
 
 
