@@ -1,7 +1,9 @@
 """The benchmark scripts run and write what they say. Nothing here is timed."""
 
+import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +213,23 @@ def test_families_makes_what_is_missing_and_table2_goes_on_from_it(tmp_path, fam
     assert "with 2,000 steps instead: 0.0." in page
     assert "| model | | sst2 | cogs | squad-head | s140 |" in page and "by type" in page
     assert page.count("| gain |") == 4
+
+
+COMMANDS = [
+    line
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for line in page.read_text("utf-8").splitlines()
+    if line.startswith("python -m benchmarks.")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_pages_parse(command, capsys):
+    """Every argument exists; the files it names are not there."""
+    _, _, program, *arguments = shlex.split(command)
+    with pytest.raises(SystemExit):
+        importlib.import_module(program).parse(arguments)
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_families_and_table2_name_a_wrong_argument(tmp_path, families, capsys):

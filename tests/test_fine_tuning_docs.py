@@ -20,12 +20,13 @@ COMMANDS = [
     line
     for block in re.findall(r"^```\n(.+?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
-    if re.match(r"python|accelerate", line)
+    if re.match(r"python|accelerate|torchrun", line)
+    and "benchmarks." not in line  # test_benchmarks.py
 ]
 
 
 def test_the_page_has_commands():
-    assert len(COMMANDS) == 16
+    assert len(COMMANDS) == 17
 
 
 @pytest.mark.parametrize("command", COMMANDS)
