@@ -71,7 +71,7 @@ def test_the_harness_task_is_the_tables():
     content = yaml.safe_load((HARNESS / "convt5_sst2.yaml").read_text())
     task = get_task("sst2")
     assert content["doc_to_text"].replace("{{", "{").replace("}}", "}") == task.template
-    assert tuple(content["doc_to_choice"]) == task.words
+    assert content["doc_to_choice"] == [f"{word}</s>" for word in task.words]
 
 
 def test_the_harness_agrees_with_evaluation_run(tmp_path, monkeypatch):
