@@ -144,8 +144,11 @@ def report(results: dict) -> str:
         f"deviation over seeds {', '.join(map(str, results['seeds']))}, not pre-trained; beside it "
         "how many tokens a position of the encoder sees. Questions: "
         f"{results['facts']} facts, a gap of {results['gap']} tokens; who knows the facts but not "
-        f"which is asked for is right in {100 / results['facts']:.0f}. SNLI: guessing is right in "
-        "34. Rows: " + "; ".join(f"{task} {rows}" for task, rows in results["rows"].items()) + ".",
+        f"which is asked for is right in {100 / results['facts']:.0f}. "
+        + ("SNLI: guessing is right in 34. " if "snli" in tasks else "")
+        + "Rows: "
+        + "; ".join(f"{task} {rows}" for task, rows in results["rows"].items())
+        + ".",
         "",
         "| encoder | " + " | ".join(f"{task} | sees" for task in tasks) + " |",
         "|---" * (1 + 2 * len(tasks)) + "|",
