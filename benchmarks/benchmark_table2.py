@@ -240,7 +240,8 @@ def report(results: dict) -> str:
             f"COGS, {family}, {start}, with {fields['max_steps']:,} steps instead: "
             f"{number(longer[family][start], 'cogs')['mean']:.1f}.",
         ]
-        lines += by_type(records["cogs"], longer)
+    if "cogs" in records:
+        lines += by_type(records["cogs"], longer or {})
     return "\n".join(lines) + "\n"
 
 
