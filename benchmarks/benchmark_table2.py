@@ -12,8 +12,9 @@ kept, so that an interrupted run goes on.
 
 Every cell is examples/finetune.py with the settings of `CELLS`: the best on validation rows, the
 test rows answered once. "Gain" is the paper's: by how many per cent of the untrained model's
-number the pre-trained one's is higher. Results go to OUTPUT_DIR/table2_<hardware>_<date>.json, .md;
-with other --tasks than these four, to table2-TASKS_….
+number the pre-trained one's is higher. Whether a pre-trained decoder reads what it is given is
+said by its held-out loss with the input of another row. Results go to
+OUTPUT_DIR/table2_<hardware>_<date>.json, .md; with other --tasks than these, to table2-TASKS_….
 """
 
 import argparse
@@ -24,11 +25,17 @@ import sys
 from datetime import date
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
 from benchmarks.benchmark_convolution import processor, write
 from benchmarks.benchmark_families import FAMILIES, folder_of_tokenizer, pretrain
 from benchmarks.cells import options, results_path, run_cells, said, write_results
+from pretraining.collator import SpanCorruptionCollator
+from pretraining.configs.tiny_cpu import config
 from pretraining.prepare import prepare
-from pretraining.records import is_prepared
+from pretraining.records import JoinedRows, TokenStream, is_prepared
+from pretraining.span_corruption import raw_length_for
 
 # Task: seeds, and finetune.py's arguments. So small models learn at ten times the paper's rate;
 # rows of like length make a batch. The longest test texts of COGS have 300 tokens.
@@ -65,7 +72,7 @@ CELLS = {
         },
     ),
     "squad-head": ([0], {"method": "head", **SQUAD}),
-    "squad-text": ([0], SQUAD),
+    "squad-text": ([0], {**SQUAD, "max_steps": 400, "eval_steps": 100}),
 }
 # What COGS comes to in more steps, for one model.
 LONGER = ("lightweight", "not pre-trained", {"max_steps": 2000, "eval_steps": 1000})
@@ -112,9 +119,33 @@ def pretrained(args: argparse.Namespace) -> dict[str, Path]:
     }
 
 
-def measure(args: argparse.Namespace) -> dict:
+def held_out_losses(export: Path, records: Path, rows: int = 256) -> dict[str, float]:
+    """Span corruption of held-out rows, in nats per token.
+
+    Returns:
+        "own input", and "another's": every row's targets, with the input of the row before it. A
+        decoder that has not learned to read the encoder loses nothing by that.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
+    model = AutoModelForSeq2SeqLM.from_pretrained(export, trust_remote_code=True).eval()
+    collator = SpanCorruptionCollator(
+        tokenizer.convert_tokens_to_ids("<extra_id_0>"), tokenizer.eos_token_id
+    )
+    raw_length, _ = raw_length_for(config.inputs_length)
+    held_out = JoinedRows(TokenStream(records, "validation"), raw_length)
+    rows = min(rows, len(held_out))
+    batch = collator(
+        [{"input_ids": held_out.stream.read(*held_out.pieces(row)[0])} for row in range(rows)]
+    )
+    shifted = {n: value if n == "labels" else value.roll(1, 0) for n, value in batch.items()}
+    with torch.inference_mode():
+        found = [model(**inputs).loss.item() for inputs in (batch, shifted)]
+    return dict(zip(("own input", "another's"), found, strict=True))
+
+
+def measure(args: argparse.Namespace, exports: dict[str, Path]) -> dict:
     """{task: {family: {start: the record of its results.json}}}, what is missing made first."""
-    folders, exports = task_folders(args), pretrained(args)
+    folders = task_folders(args)
     cells = args.work_dir / f"table2-{args.pretrain_steps}"
     tokenizer = folder_of_tokenizer(args.work_dir, args.tokenizer)
     fine_tunings, answers = {}, {}
@@ -222,9 +253,10 @@ def report(results: dict) -> str:
         f"{results['hardware']}, {results['cores']} cores. The tiny presets, pre-trained for "
         f"{results['pretrain_steps']:,} steps. Exact match for COGS, F1 for SQuAD, accuracy for "
         "the others, in per cent; ± is the standard deviation over seeds. Rows: "
-        f"{results['rows']}. Sentiment140's training rows are not at hand: the models of sst2 "
-        "answer its test rows. "
-        "Settings of `examples/finetune.py`:",
+        f"{results['rows']}."
+        + " Sentiment140's training rows are not at hand: the models of sst2 answer its test rows."
+        * ("s140" in results["records"])
+        + " Settings of `examples/finetune.py`:",
         "",
     ]
     for task, (seeds, fields) in results["cells"].items():
@@ -234,12 +266,23 @@ def report(results: dict) -> str:
     longer = records.pop("longer", None)
     lines += ["", *table(records)]
     if longer:
-        family, start, fields = LONGER
+        family, start, _ = LONGER
         lines += [
             "",
-            f"COGS, {family}, {start}, with {fields['max_steps']:,} steps instead: "
+            f"COGS, {family}, {start}, with {int(results['longer']['max_steps']):,} steps instead: "
             f"{number(longer[family][start], 'cogs')['mean']:.1f}.",
         ]
+    lines += [
+        "",
+        "Held-out loss of the pre-trained models (nats per token), each row with its own input and "
+        "with another row's:",
+        "",
+        "| model | own input | another's | difference |",
+        "|---|---|---|---|",
+    ]
+    for family, loss in results["held_out"].items():
+        own, other = loss.values()
+        lines.append(f"| {family} | {own:.2f} | {other:.2f} | {other - own:.2f} |")
     if "cogs" in records:
         lines += by_type(records["cogs"], longer or {})
     return "\n".join(lines) + "\n"
@@ -280,7 +323,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     try:
-        found = measure(args)
+        exports = pretrained(args)
+        found = measure(args, exports)
     except (OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
     results = {
@@ -290,6 +334,8 @@ def main(arguments: list[str]) -> None:
         "cores": os.cpu_count(),
         "pretrain_steps": args.pretrain_steps,
         "cells": {task: (CELLS[task][0], CELLS[task][1] | args.finetune) for task in args.tasks},
+        "longer": LONGER[2] | args.finetune,
+        "held_out": {f: held_out_losses(e, args.work_dir / "records") for f, e in exports.items()},
         "rows": rows_used(found),
         "records": {
             task: {

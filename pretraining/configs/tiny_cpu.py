@@ -8,7 +8,8 @@ FLOPs      4.64e+10 a step, 4.64e+14 in all
 16 TPU v3 chips 1.698e+04 steps/s 0.000164 h  (computed, not run)
 v5e-8           1.36e+04 steps/s 0.000204 h  (computed, not run)
 v4-32 pod       3.796e+04 steps/s 7.32e-05 h  (computed, not run)
-result     not run yet
+result     two cores (AMD EPYC), 2,700 steps: 2.1 steps/s, 22 minutes, held-out loss 3.43
+           with a vocabulary of 8,000 (benchmarks/results/families_*)
 """
 
 from pretraining.settings import Settings
