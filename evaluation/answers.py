@@ -33,6 +33,31 @@ def check_method(task: Task, method: str | None) -> str:
     return method
 
 
+def check_words(task: Task, method: str, tokenizer) -> None:
+    """Refuse classes that a model cannot tell apart, or cannot write.
+
+    Raises:
+        ValueError: naming two label words of the same tokens or, for method "generate", one that
+            the tokenizer has no tokens for.
+    """
+    if method == "head" or task.kind != "classification":
+        return
+    ids = tokenizer(list(task.words), truncation=True, max_length=task.target_length)["input_ids"]
+    seen: dict[tuple, str] = {}
+    for word, tokens in zip(task.words, map(tuple, ids), strict=True):
+        if tokens in seen:
+            raise ValueError(
+                f"the labels {seen[tokens]!r} and {word!r} are the same tokens: rename one in the "
+                "data, use another tokenizer, or --method head."
+            )
+        if method == "generate" and tokenizer.unk_token_id in tokens:
+            raise ValueError(
+                f"the label {word!r} has characters that the tokenizer lacks, so that no model can "
+                "write it: rename it in the data, or use --method score or head."
+            )
+        seen[tokens] = word
+
+
 def longest_target(task: Task, tokenizer, rows: Sequence[dict]) -> int:
     """The most tokens to generate. Where only the whole text counts, longer ones are wrong."""
     labels = [row["label"] for row in rows]
@@ -44,6 +69,7 @@ def longest_target(task: Task, tokenizer, rows: Sequence[dict]) -> int:
 
 def from_scores(task: Task, candidates: list[str], log_probabilities: np.ndarray) -> dict:
     """The answer that the candidates' log-probabilities give, and their shares."""
+    _check_numbers(log_probabilities)
     shares = np.exp(log_probabilities - np.logaddexp.reduce(log_probabilities))
     best = int(np.argmax(log_probabilities))
     prediction = best
@@ -57,9 +83,11 @@ def from_scores(task: Task, candidates: list[str], log_probabilities: np.ndarray
 def from_text(task: Task, text: str) -> int | float | str:
     """What a generated text means: a class (or `INVALID`), a similarity, or itself."""
     if task.kind == "classification":
-        words = [word.lower() for word in task.words]
-        word = " ".join(text.lower().split())
-        return words.index(word) if word in words else INVALID
+        words, text = [" ".join(word.split()) for word in task.words], " ".join(text.split())
+        if text in words:
+            return words.index(text)
+        alike = [i for i, word in enumerate(words) if word.lower() == text.lower()]
+        return alike[0] if len(alike) == 1 else INVALID
     if task.kind == "similarity":
         try:
             return float(np.clip(float(text.replace(" ", "")), 0, 5))
@@ -70,10 +98,19 @@ def from_text(task: Task, text: str) -> int | float | str:
 
 def from_logits(task: Task, logits: np.ndarray) -> dict:
     """The answer of a classification head (num_labels,), and the classes' probabilities."""
+    _check_numbers(logits)
     if task.kind == "similarity":
         return {"prediction": float(np.clip(logits[0], 0, 5))}
     shares = np.exp(logits - np.logaddexp.reduce(logits))
     return {"prediction": int(np.argmax(logits)), "scores": [float(share) for share in shares]}
+
+
+def _check_numbers(scores):
+    if np.isnan(scores).any():
+        raise ValueError(
+            "The model computes NaN: its training has diverged (lower the learning rate), or its "
+            "checkpoint is damaged."
+        )
 
 
 def batches(texts: Sequence[str], sizes: Sequence[int], most: int, rows: int) -> list[list[int]]:

@@ -126,10 +126,7 @@ def read_file(
         raise ValueError(f"{path} is not a file. Check its name.")
     content = _content(path)
     if ending == "parquet":
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-        records = ((f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1))
+        records = _read_parquet(path, content)
     else:
         text = _decode(content, path, task.latin1)
         if ending in TEXT_FORMATS:
@@ -140,7 +137,10 @@ def read_file(
         apart = csv.DictReader(io.StringIO(_decode(_content(labels), labels, task.latin1)))
         known = {row.get("id"): row for row in apart}
         records = ((where, {**known.get(row.get("id"), {}), **row}) for where, row in records)
-    return _rows(task, records, notes, split or path.name, one_based=ending == "csv")
+    rows = _rows(task, records, notes, split or path.name, is_csv=ending == "csv")
+    if not rows:
+        raise ValueError(f"{path} holds no rows. Check its content, or move it away.")
+    return rows
 
 
 def _content(path):
@@ -162,6 +162,17 @@ def _decode(content, path, latin1):
             return content.decode("iso-8859-1")
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line} is not UTF-8 text ({error.reason}).") from None
+
+
+def _read_parquet(path, content) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no parquet file ({error}).") from None
+    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
 
 
 def _read_json(path, text) -> Iterator[Record]:
@@ -262,13 +273,20 @@ def _headerless(task, path, count):
     )
 
 
-def _rows(task, records: Iterable[Record], notes, split, one_based=False) -> list[dict]:
+def _rows(task, records: Iterable[Record], notes, split, is_csv=False) -> list[dict]:
     flatten = LAYOUTS.get(task.name)
     rows, dropped = [], 0
-    pairs = [(where, {k.lower(): v for k, v in record.items()}) for where, record in records]
+    pairs = [(where, _lower_names(where, record)) for where, record in records]
     if flatten is not None:
-        pairs = [(where, flat) for where, record in pairs for flat in flatten(record)]
-    shift = _first_class(task, pairs, one_based)
+        pairs = [
+            (where, flat) for where, record in pairs for flat in _inside(flatten, where, record)
+        ]
+    shift = _first_class(task, pairs, notes, split, is_csv)
+    if pairs and not any(name.lower() in record for name in task.label for _, record in pairs):
+        told = f"{', '.join(pairs[0][1])}; a label would be called {' or '.join(task.label)}"
+        if task.name == "custom":
+            raise ValueError(f"{pairs[0][0]} has no label: its columns are {told}.")
+        notes.append(f"{split}: without labels, its columns are {told}")
     for where, record in pairs:
         row = _row(task, record, where, shift)
         if row is None:
@@ -279,27 +297,64 @@ def _rows(task, records: Iterable[Record], notes, split, one_based=False) -> lis
         notes.append(f"{split}: {dropped} rows without one of the task's classes left out")
     # Hidden labels are all hidden; single ones are rows that count for nothing (-1 in Jigsaw's).
     labelled = [row for row in rows if row["label"] is not None]
-    if task.kind != "answers" and 0 < len(labelled) < len(rows):
+    if 0 < len(labelled) < len(rows):
         notes.append(f"{split}: {len(rows) - len(labelled)} rows without a label left out")
         return labelled
     return rows
 
 
-def _first_class(task, pairs, one_based):
+def _lower_names(where, record):
+    lower = {name.lower(): value for name, value in record.items()}
+    if len(lower) < len(record):
+        twice = Counter(name.lower() for name in record).most_common(1)[0][0]
+        raise ValueError(f"{where} has {twice!r} twice, in upper and lower case. Rename one.")
+    return lower
+
+
+def _inside(flatten, where, record):
+    """The rows of a nested record."""
+    try:
+        return list(flatten(record))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{where} is not nested as the official files are ({type(error).__name__}: {error})."
+        ) from None
+
+
+def _first_class(task, pairs, notes, split, is_csv):
     """1 if classes are numbered from 1, as in the official csv of AG News, else 0."""
     if task.name != "ag_news":
         return 0
-    values = {_word(_get(record, task.label)) for _, record in pairs}
+    values = {label_word(_get(record, task.label)) for _, record in pairs}
     if "0" in values:
         return 0
-    return 1 if "4" in values or one_based else 0
+    if "4" in values or any("class index" in record for _, record in pairs):
+        return 1
+    if values <= {"1", "2", "3"}:
+        notes.append(f"{split}: has neither class 0 nor 4, and is taken to count from {is_csv:d}")
+    return int(is_csv)
 
 
 def _get(record, names):
+    """The first of the columns that is there and not empty; NaN is what tables write for that."""
     for name in names:
-        if record.get(name.lower()) is not None:
-            return record[name.lower()]
+        value = record.get(name.lower())
+        if value is not None and value == value:
+            return value
     return None
+
+
+def _text(value, where, column):
+    if isinstance(value, bytes):
+        raise ValueError(f"{where}: {column!r} holds bytes, expected text. Write it as a string.")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: {column!r} holds half a character (a lone surrogate), {text!r:.60}."
+        ) from None
+    return text
 
 
 def _row(task, record, where, shift):
@@ -316,13 +371,17 @@ def _row(task, record, where, shift):
                 f"{where} has no column {column!r}: it has {', '.join(record)}. Rename one of them "
                 f"to {' or '.join((column, *others))}."
             )
-        row[column] = _list(value, where) if column == "entities" else str(value)
+        row[column] = _list(value, where) if column == "entities" else _text(value, where, column)
+        if not row[column] and column == "entities":
+            raise ValueError(f"{where}: its {column!r} is empty. Remove that row.")
     for name in task.extra:
         if record.get(name) is not None:
             row[name] = record[name]
     value = _get(record, task.label)
     if isinstance(value, str):
         value = value.strip()
+        if task.name == "custom" and value.lower() == "nan":
+            value = None
     if task.kind in ("answers", "entity"):
         row["answers"], row["answer_starts"] = _answers(value, where)
         row["label"] = row["answers"][0] if row["answers"] else None
@@ -331,8 +390,14 @@ def _row(task, record, where, shift):
         row["label"] = None
         return row
     if task.kind == "text":
-        row["label"] = str(value)
+        row["label"] = _text(value, where, task.label[0])
         return row
+    column = next(name for name in task.label if _get(record, (name,)) is not None)
+    if column in OLD_NUMBERS and is_number(value):
+        raise ValueError(
+            f"{where}: the label {value!r} is a number of an older copy of TREC, which counts in "
+            f"an order of its own. Write the classes as words, or use the column {task.label[0]!r}."
+        )
     try:
         row["label"] = number = read_label(task, value, shift)
     except ValueError as error:
@@ -343,6 +408,8 @@ def _row(task, record, where, shift):
 
 
 DROPPED = object()
+# TREC's columns whose numbers follow no order that is written in the data set.
+OLD_NUMBERS = {"label-coarse", "label-fine"}
 
 
 def read_label(task: Task, value: Any, shift: int = 0) -> int | float | None | object:
@@ -357,7 +424,7 @@ def read_label(task: Task, value: Any, shift: int = 0) -> int | float | None | o
     Raises:
         ValueError: naming the label and the classes.
     """
-    word = _word(value)
+    word = label_word(value)
     if word in task.spellings:
         return DROPPED if task.spellings[word] is None else task.spellings[word]
     words = [name.lower() for name in task.words]
@@ -367,12 +434,17 @@ def read_label(task: Task, value: Any, shift: int = 0) -> int | float | None | o
             return task.words.index(text)
         if word in words:
             return words.index(word)
+    number = float(word) if is_number(word) else None
+    if task.kind == "classification" and all(map(is_number, words)):
+        # A user's classes are numbers, 1 to 5 perhaps: none of them is meant by its place.
+        if number in map(float, words):
+            return [float(name) for name in words].index(number)
+        if number is None or not math.isnan(number):
+            raise ValueError(
+                f"label {value!r} is none of task {task.name!r}: expected {', '.join(task.words)}."
+            )
     if isinstance(value, bool):
         return int(value)
-    try:
-        number = float(word)
-    except ValueError:
-        number = None
     if number is not None and (number == -1 or math.isnan(number)):
         return None
     if number is not None and math.isinf(number):
@@ -391,7 +463,16 @@ def read_label(task: Task, value: Any, shift: int = 0) -> int | float | None | o
     )
 
 
-def _word(value):
+def is_number(value: Any) -> bool:
+    """Whether a label is a number, or a text that is one."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def label_word(value: Any) -> str:
     """A label as text, in lower case; a whole number without decimals, as "1.0" may be meant."""
     word = str(value).strip().lower()
     try:
@@ -421,13 +502,22 @@ def _answers(value, where):
         return [], []
     if isinstance(value, str):
         return [value], []
-    if isinstance(value, dict):  # the Hub's layout
-        return list(value["text"]), list(value.get("answer_start", ()))
-    if value and isinstance(value[0], dict):  # the official layout
-        starts = [answer.get("answer_start", answer.get("start")) for answer in value]
-        texts = [answer["text"] for answer in value]
-        return texts, [] if None in starts else starts
-    return list(value), []
+    try:
+        if isinstance(value, dict):  # the Hub's layout
+            texts, starts = value["text"], value.get("answer_start", [])
+        elif value and isinstance(value[0], dict):  # the official layout
+            starts = [answer.get("answer_start", answer.get("start")) for answer in value]
+            texts = [answer["text"] for answer in value]
+        else:
+            texts, starts = value, []
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("the texts are no list of texts")
+        return list(texts), [] if None in starts else list(starts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: answers {value!r:.60} are neither a list of texts nor laid out as SQuAD's "
+            f"({type(error).__name__}: {error})."
+        ) from None
 
 
 def _flatten_squad(record):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,13 @@ def summarise(per_seed: Sequence[dict[str, float]]) -> dict[str, dict]:
     found = {}
     for name in per_seed[0]:
         values = [metrics[name] for metrics in per_seed]
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        found[name] = {"mean": float(np.mean(values)), "std": spread, "per_seed": values}
+        found[name] = {**_mean_and_std(values), "per_seed": values}
     return found
+
+
+def _mean_and_std(values):
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": spread}
 
 
 def main_split(rows: dict[str, list[dict]]) -> str | None:
@@ -108,11 +113,22 @@ def this_command() -> str:
     return " ".join([program, *map(shlex.quote, words)])
 
 
+def check_at_least(least: float, **arguments: float | None) -> None:
+    """Refuse numbers below `least`, and those that are none; None stands for "not given".
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in arguments.items():
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"--{name} {value}: expected a number, {least} or more.")
+
+
 def claim_folder(folder: Path, arguments: dict, write: bool = True) -> None:
-    """Refuse a folder that holds a run with other arguments; leave ours there.
+    """Refuse a folder in which a run with other arguments has begun; leave ours there.
 
     Args:
-        arguments: values for JSON.
+        arguments: values for JSON; `rows_sha256` among them tells other data from the same.
         write: whether this process is the one that writes.
 
     Raises:
@@ -120,7 +136,7 @@ def claim_folder(folder: Path, arguments: dict, write: bool = True) -> None:
     """
     path = folder / "arguments.json"
     ours = json.loads(json.dumps(arguments, default=str))
-    if path.is_file():
+    if path.is_file() and any(folder.glob("seed_*")):
         theirs = json.loads(path.read_text("utf-8"))
         names = sorted({*ours, *theirs})
         differ = [name for name in names if ours.get(name) != theirs.get(name)]
@@ -153,6 +169,8 @@ def read_results(path: str | Path) -> list[dict]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a results file: {error}.") from None
     records = content if isinstance(content, list) else [content]
+    if not records:
+        raise ValueError(f"{path} holds no records: run the evaluation again.")
     for record in records:
         _check(path, record)
     return records
@@ -166,9 +184,15 @@ def _check(path, record):
                 f"{path} has no {name!r} of type {kind.__name__}: it is not what "
                 "examples/finetune.py or evaluation.run writes."
             )
+    if not re.fullmatch(r"\w[\w-]*", record["task"]):
+        raise ValueError(f"{path}: task is {record['task']!r}, expected letters, digits, - and _.")
+    if not isinstance(record.get("evaluated_on", ""), (str, type(None))):
+        raise ValueError(f"{path}: evaluated_on is {record['evaluated_on']!r}, expected a split.")
     for name, metric in record["metrics"].items():
         values = metric.get("per_seed") if isinstance(metric, dict) else None
-        numbers = [metric.get("mean"), metric.get("std"), *values] if values else [None]
+        numbers = [None]
+        if values and isinstance(values, list):
+            numbers = [metric.get("mean"), metric.get("std"), *values]
         for number in numbers:
             is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
             if not is_number or not math.isfinite(number):
@@ -176,11 +200,12 @@ def _check(path, record):
                     f"{path}: metric {name!r} is {metric!r:.80}, expected mean, std and per_seed "
                     "as finite numbers."
                 )
-        if abs(np.mean(values) - metric["mean"]) > 1e-9:
-            raise ValueError(
-                f"{path}: metric {name!r} has mean {metric['mean']}, but its seeds' is "
-                f"{np.mean(values)}: run the command again, numbers are not typed by hand."
-            )
+        for field, expected in _mean_and_std(values).items():
+            if abs(expected - metric[field]) > 1e-9:
+                raise ValueError(
+                    f"{path}: metric {name!r} has {field} {metric[field]}, but its seeds' is "
+                    f"{expected}: run the command again, numbers are not typed by hand."
+                )
 
 
 def data_set(task: str) -> tuple[str, str, str]:

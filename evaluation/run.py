@@ -9,10 +9,17 @@ import sys
 from pathlib import Path
 
 from . import with_evaluate
-from .answers import METHODS, check_method
+from .answers import METHODS, check_method, check_words
 from .data import Data, is_labelled, load, read_file
 from .prediction import load_model, predict
-from .results import evaluate_splits, main_split, make_record, read_results, write_json
+from .results import (
+    check_at_least,
+    evaluate_splits,
+    main_split,
+    make_record,
+    read_results,
+    write_json,
+)
 from .splits import some_of
 from .tasks import ANSWERED_BY, TASKS, Task, custom_task, get_task
 
@@ -35,6 +42,7 @@ def evaluation_splits(data: Data, asked: list[str] | None = None) -> list[str]:
 def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dict:
     """One task's record; its files are written."""
     method = check_method(task, args.method or method)
+    check_words(task, method, tokenizer)
     rows = {
         split: some_of(data.rows[split], args.max_rows)
         for split in evaluation_splits(data, args.splits)
@@ -59,6 +67,8 @@ def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dic
 
     folder = Path(args.output_dir) / task.name
     metrics, intervals = evaluate_splits(task, rows, answer, folder)
+    if not metrics:
+        data.notes.append("no split has all its labels: there are predictions, but no metrics")
     record = make_record(
         task.name,
         args.model,
@@ -87,11 +97,13 @@ def load_task(args, name: str, model) -> tuple[Task, Data]:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse files of a task that is not asked for, and a folder that another program wrote.
+    """Refuse numbers out of range, files of a task that is not asked for, another's folder.
 
     Raises:
         ValueError: naming the argument.
     """
+    check_at_least(1, max_rows=args.max_rows, max_input_length=args.max_input_length)
+    check_at_least(1, batch_size=args.batch_size, num_beams=args.num_beams)
     columns = (args.text_column, args.label_column) != ("text", "label")
     if "custom" not in args.tasks and (args.test_file or columns):
         raise ValueError("--test_file, --text_column and --label_column are of --tasks custom.")

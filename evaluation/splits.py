@@ -1,10 +1,12 @@
 """Which rows train, which choose the checkpoint, and which are answered once, at the end."""
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .data import Data, is_labelled, load, read_file
+from .data import Data, count_duplicates, is_labelled, is_number, label_word, load, read_file
 from .tasks import ANSWERED_BY, Task, custom_task, get_task
 
 HELD_OUT = 0.1  # of the training rows, where the task has no split to spare
@@ -51,16 +53,31 @@ def load_task(
         raise ValueError("task `custom` needs --train_file, and --text_column, --label_column.")
     as_text = replace(custom_task([], text_column, label_column), kind="text", metrics=())
     labels = {row["label"] for row in read_file(as_text, files[0], [])} - {None}
-    if len(labels) < 2:
+    if all(map(is_number, labels)):  # tables write 1 as 1.0 where a cell of the column is empty
+        words = sorted({label_word(label) for label in labels}, key=float)
+    else:
+        words = sorted(labels)
+    if len(words) < 2:
         raise ValueError(
-            f"label_column={label_column!r} of {files[0]} has the values {sorted(labels)}: "
+            f"label_column={label_column!r} of {files[0]} has the values {words}: "
             "expected at least two classes. Check its name."
         )
-    task, data = custom_task(sorted(labels), text_column, label_column), Data()
+    task, data = custom_task(words, text_column, label_column), Data()
     for split, path in zip(("train", "validation", "test"), files, strict=True):
         if path:
             data.rows[split] = read_file(task, path, data.notes, split)
+    data.notes += count_duplicates(task, data.rows)
     return task, data
+
+
+def fingerprint(task: Task, rows: Arrangement) -> str:
+    """SHA-256 of the classes and all rows, by which a run that goes on knows its data again."""
+    found = hashlib.sha256(json.dumps(task.words).encode())
+    for some in (rows.train, rows.selection, *rows.final.values()):
+        found.update(b"\0")
+        for row in some:
+            found.update(json.dumps(row, default=str).encode())
+    return found.hexdigest()
 
 
 def arrange(
@@ -76,15 +93,22 @@ def arrange(
     there are no labelled test rows, a part of the training rows chooses. `data.notes` says so.
 
     Raises:
-        ValueError: if there are no labelled training rows.
+        ValueError: if there are no labelled training rows, and for a number of rows below 1.
     """
+    limits = {"train": max_train_rows, "validation": max_validation_rows, "test": max_test_rows}
+    for split, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_{split}_rows={limit}: expected 1 or more rows.")
     rows = dict(data.rows)
     train = [row for row in rows.pop("train", []) if row["label"] is not None]
     if not train:
         hint = ""
         if task.name in ANSWERED_BY:
             hint = f" It is answered by a model of {ANSWERED_BY[task.name]}: use evaluation.run."
-        raise ValueError(f"Task {task.name!r} has no labelled training rows here.{hint}")
+        raise ValueError(
+            f"Task {task.name!r} has no labelled training rows here: a file train.* with a column "
+            f"{' or '.join(task.label)} is needed.{hint}"
+        )
     generator = random.Random(0)
     generator.shuffle(train)
     if is_labelled(rows.get("test", [])) and is_labelled(rows.get("validation", [])):

@@ -10,8 +10,10 @@ at once. Exit code 0, or 2 where something is missing or malformed; every fault 
 import argparse
 import json
 import os
+import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,8 +78,9 @@ def _archive(path: Path, expected: dict[str, File]) -> tuple[dict[str, list[str]
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             contents = {name: archive.read(name) for name in names if name in expected}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a zip file: {error}.") from None
+    # Damaged, encrypted, packed in a way that Python does not know: each has an error of its own.
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a zip file that can be read: {error}.") from None
     faults = [f"{path} lacks {name}" for name in expected if name not in contents]
     faults += [
         f"{path} holds {name}, which is no part of it" for name in names if name not in expected
@@ -125,10 +128,7 @@ def _check_tsv(name, file, lines) -> Iterator[str]:
 
 
 def _is_score(text):
-    try:
-        return 0 <= float(text) <= 5
-    except ValueError:
-        return False
+    return bool(re.fullmatch(r"[0-9]+(\.[0-9]+)?", text)) and float(text) <= 5
 
 
 def check_superglue(path: str | Path) -> None:
@@ -145,7 +145,7 @@ def check_superglue(path: str | Path) -> None:
             where = f"{name}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 faults.append(f"{where}: not JSON ({error})")
                 continue
             check = _check_nested if file.labels == "nested" else _check_label
@@ -217,9 +217,14 @@ def check_squad(path: str | Path, data: str | Path) -> None:
         pairs = json.loads(text, object_pairs_hook=lambda pairs: pairs)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be read") from None
     if not text.lstrip().startswith("{"):
         raise ValueError(f"{path}, line 1: expected an object of question ids and answers")
-    ids = [row["id"] for row in read_file(get_task("squad"), data, [])]
+    questions = read_file(get_task("squad"), data, [])
+    if not all("id" in row for row in questions):
+        raise ValueError(f"{data} has questions without an id: pass the official file.")
+    ids = [row["id"] for row in questions]
     wanted, seen, faults, place = set(ids), set(), [], 0
     for key, value in pairs:
         found = text.find(json.dumps(key), place)
@@ -249,8 +254,27 @@ def read_predictions(folder: str | Path, task: str, split: str) -> list[dict]:
             f"{path} is missing: run `python -m evaluation.run --tasks {task} --output_dir "
             f"{folder}` with the official test files."
         )
+    rows = []
     # Not splitlines: texts hold separators of their own, which JSON leaves as they are.
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                row["prediction"], _place(row["index"] if task != "squad" else 0)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is no prediction ({type(error).__name__}: {error}): "
+                    "run the evaluation again."
+                ) from None
+            rows.append(row)
+    return rows
+
+
+def _place(index):
+    """An index as a number, or as the numbers of MultiRC and ReCoRD."""
+    if isinstance(index, dict):
+        return {name: int(value) for name, value in index.items()}
+    return int(index)
 
 
 def _labels(file: File, rows: list[dict]) -> list:
@@ -258,6 +282,12 @@ def _labels(file: File, rows: list[dict]) -> list:
         return [f"{min(max(row['prediction'], 0.0), 5.0):.3f}" for row in rows]
     if file.labels == "text":
         return [row["prediction"] for row in rows]
+    for row in rows:
+        if row["prediction"] not in range(-1, len(file.labels)):
+            raise ValueError(
+                f"{file.task}, {file.split}, index {row['index']}: prediction {row['prediction']!r}"
+                f" is none of the {len(file.labels)} classes. Run the evaluation again."
+            )
     # A generated text that is no label word stands for the first class: a file has no gaps.
     return [file.labels[max(0, row["prediction"])] for row in rows]
 
@@ -353,8 +383,12 @@ def main(argv=None) -> int:
         parser.error("--benchmark squad needs --data, the official file with the questions")
     if args.action == "write" and not (args.predictions and args.output):
         parser.error("write needs --predictions and --output")
+    if args.action == "write" and Path(args.output).is_dir():
+        parser.error(f"--output {args.output} is a folder. Name a file.")
     if args.action == "write" and Path(args.output).exists() and not args.overwrite:
         parser.error(f"--output {args.output} exists. Pass --overwrite to replace it.")
+    if args.action == "write" and not Path(args.output).absolute().parent.is_dir():
+        parser.error(f"--output {args.output}: its folder is not there. Make it first.")
     if args.action == "check" and not args.file:
         parser.error("check needs the file")
     actions = {

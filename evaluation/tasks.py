@@ -229,7 +229,7 @@ PAPER = [
         {"train": 120000, "test": 7600},
         label=("label", "class index", "class"),
         hub=("fancyzhx/ag_news", "default", "main"),
-        headerless=(("label", "title", "description"), ("label", "text")),
+        headerless=(("class index", "title", "description"), ("class index", "text")),
         spellings={"sci/tech": 3, "scitech": 3, "sci_tech": 3},
         joined={"text": ("title", "description")},
     ),

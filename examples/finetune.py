@@ -39,10 +39,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.answers import check_method
+from evaluation.answers import check_method, check_words
 from evaluation.metrics import compute
 from evaluation.prediction import encode_contexts, predict, span_positions
 from evaluation.results import (
+    check_at_least,
     claim_folder,
     evaluate_splits,
     main_split,
@@ -50,7 +51,7 @@ from evaluation.results import (
     plot_curves,
     write_json,
 )
-from evaluation.splits import Arrangement, arrange, load_task
+from evaluation.splits import Arrangement, arrange, fingerprint, load_task
 from evaluation.tasks import TASKS, Task
 from modeling_convt5 import PRESETS, ConvT5Config
 
@@ -82,6 +83,7 @@ REPLACED = {
     "predict_with_generate": "use --method generate",
     "generation_num_beams": "use --num_beams",
     "generation_max_length": "the task says how long a target is",
+    "label_smoothing_factor": "the loss is the model's own",
     "do_predict": "the test rows are answered at the end",
 }
 
@@ -374,8 +376,14 @@ def finetune(args: TaskArguments, training: TrainArguments) -> dict:
     rows = arrange(
         task, data, args.max_train_rows, args.max_validation_rows or None, args.max_test_rows
     )
+    check_words(task, method, make_tokenizer(args))
+    if args.model not in PRESETS:  # a mistyped name is found before the folder is taken
+        AutoConfig.from_pretrained(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
     main_process = training.process_index == 0
-    ours = {**dataclasses.asdict(args), **training.to_sanitized_dict()}
+    ours = {"rows_sha256": fingerprint(task, rows)}
+    ours |= {**dataclasses.asdict(args), **training.to_sanitized_dict()}
     ours = {key: value for key, value in ours.items() if key not in FREE}
     claim_folder(Path(training.output_dir), ours, main_process)
     for note in data.notes if main_process else ():
@@ -445,6 +453,22 @@ def check_replaced(training: TrainArguments) -> None:
             raise ValueError(f"--{name} has no effect here: {instead}.")
 
 
+def check_numbers(args: TaskArguments, training: TrainArguments) -> None:
+    """Refuse numbers with which nothing could be trained.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_at_least(1, patience=args.patience, lora_rank=args.lora_rank, num_beams=args.num_beams)
+    check_at_least(1, max_input_length=args.max_input_length)
+    check_at_least(1, gradient_accumulation_steps=training.gradient_accumulation_steps)
+    check_at_least(0, learning_rate=training.learning_rate)
+    if training.max_steps <= 0 and not training.num_train_epochs > 0:
+        raise ValueError(
+            f"--num_train_epochs {training.num_train_epochs}: expected more than 0, or --max_steps."
+        )
+
+
 def push(args: TaskArguments, training: TrainArguments) -> int:
     """Publish O/model with its card and numbers (model_cards.publish); returns the exit code."""
     from model_cards import publish
@@ -463,6 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, training = parse(sys.argv[1:] if argv is None else argv)
         check_replaced(training)
+        check_numbers(args, training)
         if training.push_to_hub and "/" not in (training.hub_model_id or ""):
             raise ValueError(
                 f"hub_model_id={training.hub_model_id!r}: --push_to_hub needs owner/name there."

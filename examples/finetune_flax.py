@@ -22,9 +22,17 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.answers import batches, check_method, from_scores, from_text, longest_target
+from evaluation.answers import (
+    batches,
+    check_method,
+    check_words,
+    from_scores,
+    from_text,
+    longest_target,
+)
 from evaluation.metrics import compute
 from evaluation.results import (
+    check_at_least,
     claim_folder,
     evaluate_splits,
     main_split,
@@ -32,7 +40,7 @@ from evaluation.results import (
     plot_curves,
     write_json,
 )
-from evaluation.splits import AT_MOST, Arrangement, arrange, load_task
+from evaluation.splits import AT_MOST, Arrangement, arrange, fingerprint, load_task
 from evaluation.tasks import TASKS, Task
 from modeling_convt5 import PRESETS, ConvT5Config, FlaxConvT5ForConditionalGeneration
 
@@ -166,14 +174,19 @@ def train(args, task: Task, method: str, rows: Arrangement, tokenizer, seed: int
     return model, float(best), history
 
 
+def make_tokenizer(args: argparse.Namespace):
+    """The one that is named, or the model's own."""
+    revision = None if args.tokenizer else args.revision
+    return AutoTokenizer.from_pretrained(args.tokenizer or args.model, revision=revision)
+
+
 def run_seed(args, task: Task, method: str, rows: Arrangement, seed: int) -> dict:
     """Train and evaluate one seed, unless an earlier run has finished it."""
     folder = Path(args.output_dir) / f"seed_{seed}"
     finished = folder / "metrics.json"
     if finished.is_file():
         return json.loads(finished.read_text("utf-8"))
-    revision = None if args.tokenizer else args.revision
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, revision=revision)
+    tokenizer = make_tokenizer(args)
     model, best, history = train(args, task, method, rows, tokenizer, seed)
     graphdef, state = nnx.split(model)
     metrics, intervals = evaluate_splits(
@@ -191,6 +204,10 @@ def run_seed(args, task: Task, method: str, rows: Arrangement, seed: int) -> dic
 
 def finetune(args: argparse.Namespace) -> dict:
     """All seeds; returns the record that is written to results.json."""
+    check_at_least(1, num_train_epochs=args.num_train_epochs, max_steps=args.max_steps)
+    check_at_least(1, batch_size=args.batch_size, max_input_length=args.max_input_length)
+    check_at_least(1, eval_steps=args.eval_steps, patience=args.patience)
+    check_at_least(0, learning_rate=args.learning_rate, dropout_rate=args.dropout_rate)
     if args.model in PRESETS and not args.tokenizer:
         raise ValueError(
             f"model={args.model!r} is a preset, which has no tokenizer: pass --tokenizer."
@@ -201,8 +218,10 @@ def finetune(args: argparse.Namespace) -> dict:
     rows = arrange(
         task, data, args.max_train_rows, args.max_validation_rows or None, args.max_test_rows
     )
+    check_words(task, method, make_tokenizer(args))
     ours = {key: value for key, value in vars(args).items() if key not in FREE}
-    claim_folder(Path(args.output_dir), {"framework": "flax", **ours})
+    ours |= {"framework": "flax", "rows_sha256": fingerprint(task, rows)}
+    claim_folder(Path(args.output_dir), ours)
     for note in data.notes:
         print(f"{task.name}: {note}", flush=True)
     results = {seed: run_seed(args, task, method, rows, seed) for seed in args.seeds}
@@ -214,7 +233,7 @@ def finetune(args: argparse.Namespace) -> dict:
         evaluated_on=main_split(rows.final),
         framework="flax",
         method=method,
-        seeds=args.seeds,
+        seeds=list(results),
         confidence_95={seed: result["intervals"] for seed, result in results.items()},
         validation=[result["validation"] for result in results.values()],
         input=task.template,

@@ -8,9 +8,11 @@ nothing that is there already. Exit code 0; 2 for what must be mended first; 1 w
 """
 
 import argparse
+import ast
 import hashlib
 import importlib.util
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from huggingface_hub import (
     constants,
     get_token,
 )
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from evaluation.results import eval_results, read_results
 from modeling_convt5 import ConvT5Config
@@ -43,6 +46,7 @@ ALLOWED = {
     "spiece.model",
     "chat_template.jinja",
     "LICENSE",
+    "training_curve.png",  # pretraining's
     # Written anew:
     "README.md",
     "SHA256SUMS",
@@ -88,6 +92,7 @@ def check_checkpoint(folder: Path) -> ConvT5Config:
             needed = {reference.split(".")[0] + ".py" for reference in config.auto_map.values()}
             missing = sorted(needed - {path.name for path in code_files(folder)})
             faults += [f"the code file {name} is missing: save the model again" for name in missing]
+            faults += _check_code(folder, config)
     except FileNotFoundError:
         faults.append("config.json is missing")
     except (ValueError, AttributeError) as error:
@@ -98,12 +103,48 @@ def check_checkpoint(folder: Path) -> ConvT5Config:
 
 
 def _check_file(path):
-    if path.suffix in PICKLES or path.read_bytes()[:2] == b"\x80\x04":
+    with path.open("rb") as file:
+        head = file.read(4)
+    # Pickle protocols 2 to 5, and the zip files that torch.save writes.
+    if path.suffix in PICKLES or re.match(rb"\x80[\x02-\x05]|PK\x03\x04", head):
         return [f"{path.name} may hold a pickle, which runs code when opened: remove it"]
+    if path.suffix == ".json":
+        try:
+            if not isinstance(json.loads(path.read_text("utf-8")), dict):
+                return [f"{path.name} holds no JSON object: save the model again"]
+        except (ValueError, RecursionError) as error:
+            return [f"{path.name} is damaged: {error}"]
     shard = path.name.startswith("model-") and path.suffix == ".safetensors"
     if path.name not in ALLOWED and path.suffix != ".py" and not shard:
         return [f"{path.name} is no part of a checkpoint: remove it"]
     return []
+
+
+def _check_code(folder, config):
+    """Every Python file is one that the configuration names, or that those import."""
+    pipelines = getattr(config, "custom_pipelines", None) or {}
+    references = [*config.auto_map.values(), *(p["impl"] for p in pipelines.values())]
+    waiting = {reference.split(".")[0] for reference in references} | {"modeling_flax_convt5"}
+    here = {path.stem: path for path in code_files(folder)}
+    faults, reached = [], set()
+    while waiting:
+        name = waiting.pop()
+        if name in reached or name not in here:
+            continue
+        reached.add(name)
+        try:
+            tree = ast.parse(here[name].read_bytes())
+        except (SyntaxError, ValueError) as error:
+            faults.append(f"{name}.py is no Python: {error}")
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                waiting |= {node.module} if node.module else {alias.name for alias in node.names}
+    faults += [
+        f"{name}.py is imported by no part of the model: remove it"
+        for name in here.keys() - reached
+    ]
+    return sorted(faults)
 
 
 def _check_weights(folder, names):
@@ -114,7 +155,7 @@ def _check_weights(folder, names):
         try:
             index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
             wanted = set(index["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             return [f"model.safetensors.index.json is damaged: {error!r}"]
     faults += [f"{name} is missing" for name in sorted(wanted - names)]
     present = {name for name in names if name.endswith(".safetensors")}
@@ -127,7 +168,16 @@ def _check_weights(folder, names):
                 header = json.loads(file.read(length))
                 ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
                 size = 8 + length + max(ends)
-            except (struct.error, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+            except (
+                struct.error,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                OverflowError,
+                MemoryError,
+                RecursionError,
+            ):
                 faults.append(f"{name} is no safetensors file")
                 continue
         if size != (folder / name).stat().st_size:
@@ -148,6 +198,11 @@ def plan(folder: Path, repo_id: str, results: list[str], origin: str) -> dict[st
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name not in GENERATED
     }
+    for record in records:
+        if not record["metrics"]:
+            raise ValueError(
+                f"results of {record['task']}: no metrics (its rows have no labels): leave it out."
+            )
     tasks = [record["task"] for record in records]
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"results: {', '.join(tasks)} are not all different tasks: leave one out.")
@@ -156,9 +211,10 @@ def plan(folder: Path, repo_id: str, results: list[str], origin: str) -> dict[st
         of = f"{read_results(path)[0]['task']}_" if len(results) > 1 else ""
         for plot in sorted(Path(path).parent.glob("*.png")):
             files[f"plots/{of}{plot.name}"] = plot
-    plots = [name for name in files if name.startswith("plots/")]
+    plots = [name for name in files if name.startswith("plots/") or name == "training_curve.png"]
+    # Checked without the plots, whose names are free to hold numbers.
+    check_card(render(repo_id, config, origin, records, folder), records)
     card = render(repo_id, config, origin, records, folder, plots)
-    check_card(card, records)
     files["README.md"] = card.encode()
     files |= {path: text.encode() for path, text in eval_results(records).items()}
     sums = [f"{hashlib.sha256(_content(f)).hexdigest()}  {name}\n" for name, f in files.items()]
@@ -269,6 +325,10 @@ def main(argv=None) -> int:
     owner, _, name = args.repo_id.partition("/")
     if not owner or not name or "/" in name:
         parser.error(f"--repo_id {args.repo_id}: expected owner/name.")
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        parser.error(f"--repo_id {args.repo_id}: {error}")
     if args.origin is None:
         args.origin = VARIANTS[name].origin if name in VARIANTS else "of an unstated origin"
     try:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -225,7 +226,7 @@ def render(
     fields = [f"| `{name}` | {short(getattr(config, name))} |" for name in SHOWN]
     kind = _kind(config)
     evaluation = evaluation_section(records)
-    evaluation += "".join(f"\n\n![{Path(plot).stem}]({plot})" for plot in plots)
+    evaluation += "".join(f"\n\n![{Path(plot).stem}]({quote(plot)})" for plot in plots)
     name = repo_id.rpartition("/")[2]
     text = (HERE / "template.md").read_text("utf-8")
     body = text.format(

@@ -58,7 +58,8 @@ sys.addaudithook(guard)
 TORCH = """
 import numpy as np
 import torch, transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 options = {"trust_remote_code": True}
 if revision:
     options["revision"] = revision
@@ -68,7 +69,15 @@ armed = True
 config = AutoConfig.from_pretrained(source, **options)
 class_name = config.architectures[0]
 auto = {v.split(".")[-1]: k for k, v in config.auto_map.items()}[class_name]
-model = getattr(transformers, auto).from_pretrained(source, dtype="float32", **options).eval()
+options["output_loading_info"] = True
+model, info = getattr(transformers, auto).from_pretrained(source, dtype="float32", **options)
+model.eval()
+for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    if info[kind]:
+        raise ValueError(f"weights: {kind} {sorted(map(str, info[kind]))[:5]}")
+for pipeline in (getattr(config, "custom_pipelines", None) or {}).values():
+    get_class_from_dynamic_module(pipeline["impl"], source, revision=revision or None)
+AutoTokenizer.from_pretrained(source, trust_remote_code=True, revision=revision or "main")
 assert type(model).__module__.startswith("transformers_modules"), "not the checkpoint's own code"
 ids = torch.arange(2, 14)[None] % config.vocab_size
 ids[0, -1] = config.eos_token_id
@@ -159,4 +168,7 @@ def outputs(
             raise ValueError(
                 f"{source} does not open by its own code in {framework}:\n{done.stderr[-2000:]}"
             )
-        return np.load(result)
+        found = np.load(result)
+        if not np.isfinite(found).all():
+            raise ValueError(f"{source} computes NaN or infinity in {framework}: train it again.")
+        return found

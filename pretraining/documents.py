@@ -1,8 +1,8 @@
 """Raw text, document by document, from files or the Hub; what cannot be read is counted by name.
 
 JSON lines (C4's own files, .json.gz) and parquet have a column "text"; in plain text a line is a
-document. A folder's files go to the split in their names: "validation", "valid" or "dev" are held
-out, "test" is left alone, all others are for training.
+document. A folder's files go to the split in their names, or in those of the folders that they are
+in: "validation", "valid" or "dev" are held out, "test" is left alone, all others are for training.
 """
 
 import gzip
@@ -64,11 +64,11 @@ def find_sources(data: str) -> list[Source]:
     files = [file for file in files if any(kind.search(file.name) for kind in _KINDS)]
     sources = []
     for file in files:
-        name = file.name.lower()
+        relative = file.name if path.is_file() else file.relative_to(path).as_posix()
+        name = relative.lower()
         if _TEST.search(name) and len(files) > 1:
             continue
         split = "validation" if _HELD_OUT.search(name) and len(files) > 1 else "train"
-        relative = file.name if path.is_file() else file.relative_to(path).as_posix()
         sources.append(Source(relative, split, str(file)))
     if not any(source.split == "train" for source in sources):
         raise ValueError(
@@ -91,6 +91,8 @@ def read(source: Source, skipped: Counter) -> Iterator[str]:
                 skipped["empty document"] += 1
             elif len(text) > MAX_CHARACTERS:
                 skipped[f"document of more than {MAX_CHARACTERS:,} characters"] += 1
+            elif not _is_unicode(text):
+                skipped["document with half a character (a lone surrogate)"] += 1
             else:
                 yield text
     except (OSError, EOFError, zlib.error) as error:
@@ -99,27 +101,45 @@ def read(source: Source, skipped: Counter) -> Iterator[str]:
         skipped[f"damaged file, read up to its fault: {error}"] += 1
 
 
+def _is_unicode(text):
+    """JSON can hold half of a pair of surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _texts(source, skipped):
     if source.shard is not None:
         stream = _hub_stream(source.path, source.split)
         yield from (row.get(COLUMN) for row in stream.shard(stream.num_shards, source.shard))
     elif _PARQUET.search(source.path):
-        yield from _parquet(source.path)
+        for value in _parquet(source.path):
+            try:
+                yield value.decode("utf-8") if isinstance(value, bytes) else value
+            except UnicodeDecodeError:
+                skipped["document that is not UTF-8"] += 1
     else:
+        if source.size == 0:
+            skipped["file of no bytes"] += 1
+            return
         opened = gzip.open if source.path.endswith(".gz") else open
         is_json = _JSON.search(source.path)
         with opened(source.path, "rb") as file:
             for line in file:
                 try:
                     text = line.decode("utf-8")
-                    yield json.loads(text).get(COLUMN) if is_json else text
+                    yield json.loads(text).get(COLUMN) if is_json else text.rstrip("\r\n")
                 except UnicodeDecodeError:
                     skipped["line that is not UTF-8"] += 1
-                except (ValueError, AttributeError):
+                except (ValueError, AttributeError, RecursionError):
                     skipped["line that is not a JSON object"] += 1
 
 
 def _parquet(path):
+    """The values of the column: text as bytes, which need not be UTF-8."""
+    import pyarrow
     import pyarrow.lib
     import pyarrow.parquet
 
@@ -128,7 +148,10 @@ def _parquet(path):
         if COLUMN not in file.schema_arrow.names:
             raise OSError(f"it has no column {COLUMN!r}")
         for batch in file.iter_batches(columns=[COLUMN]):
-            yield from batch.column(0).to_pylist()
+            column = batch.column(0)
+            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                column = column.cast(pyarrow.large_binary())
+            yield from column.to_pylist()
     except pyarrow.lib.ArrowException as error:
         raise OSError(str(error)) from error
 

@@ -1,10 +1,12 @@
 """The Hub folder of a run: weights for both frameworks, code, tokenizer, and a card."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
 from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerFast
 
 from modeling_convt5.checkpoint_flax_convt5 import named_parameters
@@ -68,11 +70,29 @@ class Export:
         self.model, self.settings, self.tokenizer = model, settings, tokenizer
         self.workdir, self.repository = workdir, repository
         self.folder = Path(folder or workdir / "export")
-        if self.folder.is_file():
-            raise ValueError(f"--export {folder} is a file: expected a folder, or nothing yet.")
+        if repository is not None:
+            try:
+                validate_repo_id(repository)
+            except HFValidationError as error:
+                raise ValueError(f"--push_to_hub {repository!r}: {error}") from None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"--export {folder} is a file, or lies below one: expected a folder, or nothing "
+                "yet."
+            ) from None
+        _check_is_ours(self.folder)
 
-    def write(self, params: dict, step: int) -> None:
-        """Write the folder, and upload it; every process calls this, the first one writes."""
+    def write(self, params: dict, step: int, last: bool = True) -> None:
+        """Write the folder, and upload it; every process calls this, the first one writes.
+
+        Args:
+            last: whether nothing will be exported after this. Until then an upload may fail.
+
+        Raises:
+            SystemExit: if the last upload fails.
+        """
         model = self.model.abstract()
         for key, variable in named_parameters(model):
             variable.set_value(params[key])
@@ -81,10 +101,18 @@ class Export:
             save_tokenizer(self.tokenizer, self.folder)
             self._write_card(step, model.num_parameters())
             if self.repository:
-                api = HfApi()
-                name = api.create_repo(self.repository, exist_ok=True).repo_id
-                message = f"Step {step}"
-                api.upload_folder(repo_id=name, folder_path=self.folder, commit_message=message)
+                self._upload(step, last)
+
+    def _upload(self, step, last):
+        try:
+            api = HfApi()
+            name = api.create_repo(self.repository, exist_ok=True).repo_id
+            api.upload_folder(repo_id=name, folder_path=self.folder, commit_message=f"Step {step}")
+        except Exception as error:  # the client's own errors, httpx's, and those of its threads
+            told = f"{self.folder} is written, but {self.repository} did not take it: {error}"
+            if last:
+                raise SystemExit(f"{told}\nRun the same command again: it uploads.") from error
+            print(f"{told}\nThe next export tries again.", file=sys.stderr)
 
     def _write_card(self, step, parameters):
         settings = self.settings
@@ -116,10 +144,25 @@ class Export:
         (self.folder / "README.md").write_text(card)
 
 
+def _check_is_ours(folder):
+    """Refuse a folder of something else, whose files would be replaced; a torn export is ours."""
+    try:
+        is_ours = json.loads((folder / "config.json").read_text())["model_type"] == "convt5"
+    except FileNotFoundError:
+        is_ours = not (folder / "README.md").exists()  # ours is written last
+    except (ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(
+            f"--export {folder} holds something else than an exported model. Choose an empty "
+            "folder."
+        )
+
+
 def save_tokenizer(tokenizer: TokenizerFile, folder: Path) -> None:
     """Write the tokenizer for transformers 4 and 5."""
     name = tokenizer.tokenizer.id_to_token
-    unknown = {"unk_token": "<unk>"} if tokenizer.tokenizer.token_to_id("<unk>") else {}
+    unknown = {"unk_token": "<unk>"} if tokenizer.tokenizer.token_to_id("<unk>") is not None else {}
     fast = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer.path),
         pad_token=name(tokenizer.pad_token_id),

@@ -10,16 +10,20 @@ checkpoints in WORKDIR/checkpoints.
 
 import argparse
 import contextlib
+import signal
 import sys
 from pathlib import Path
 
-import jax
-
-from .settings import load
+# Everything else is imported in `main`: it takes seconds, in which SIGTERM may come.
+PREEMPTED = 75
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    import jax
+
+    from .settings import load
+
     settings = load(args.config, args.override)
     if settings.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
@@ -76,8 +80,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def initialize(args: argparse.Namespace) -> None:
     """Join the other processes."""
+    import jax
+
     jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # until `Preemption` takes over
     sys.exit(main())

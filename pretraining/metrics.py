@@ -25,7 +25,10 @@ PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
 }
 
 
@@ -63,8 +66,8 @@ class JsonLines:
         line = (json.dumps(finite, allow_nan=False) + "\n").encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            if os.write(handle, line) != len(line):
-                raise OSError(f"{self.path}: the record could not be written whole.")
+            while line:  # a full disk takes a part, and then says so
+                line = line[os.write(handle, line) :]
         finally:
             os.close(handle)
 

@@ -44,7 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("workdirs", nargs="+", help="work directories of runs")
     parser.add_argument("--output", default="losses.png", help="the figure (%(default)s)")
     args = parser.parse_args(arguments)
-    runs = {Path(name).name: read_records(Path(name) / "metrics.jsonl") for name in args.workdirs}
+    names = [Path(name).name for name in args.workdirs]
+    if len(set(names)) < len(names):
+        names = args.workdirs  # runs of one name in several folders
+    records = [read_records(Path(folder) / "metrics.jsonl") for folder in args.workdirs]
+    runs = dict(zip(names, records, strict=True))
     plot(runs, Path(args.output))
     return 0
 

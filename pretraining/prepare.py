@@ -67,10 +67,15 @@ def prepare(
         workers: processes; None is one a core, at most one a source.
 
     Raises:
-        ValueError: if there is no text, or if the folder holds other records.
+        ValueError: if there is no text, or if the folder holds other records, or lies in `data`.
         OSError: if the disk is full; rerun when there is space.
     """
     output, opened = Path(output), open_tokenizer(tokenizer)
+    if output.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(
+            f"{output} lies inside of {data}, so that the next run would read these records as "
+            "text. Choose a folder outside of it."
+        )
     sources = find_sources(data)
     hold_out = all(source.split == "train" for source in sources)
     output.mkdir(parents=True, exist_ok=True)
@@ -105,6 +110,14 @@ def _run(jobs, workers):
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
         yield from pool.map(_prepare_one, jobs)
+    except GeneratorExit:
+        raise  # enough tokens: what is under way is finished
+    except BaseException:
+        # Stopped: a source may take minutes, and a pre-empted machine has seconds. Files are whole
+        # or not there, so that nothing is lost but the sources under way.
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -67,8 +67,8 @@ class Settings:
             ends the run, "skip" goes on with the next batch, "rewind" goes back to the last
             checkpoint and on with the next batch.
         spike_threshold: in nats; None looks for values that are not finite only.
-        log_every, eval_every, checkpoint_every, export_every: in steps; 0 is never (for exports:
-            at the end only). The last step is always evaluated and kept.
+        log_every, eval_every, checkpoint_every, export_every: in steps; an eval_every of 0 is
+            never, an export_every of 0 at the end only. The last step is always evaluated and kept.
         eval_batches: batches of the validation split in one evaluation, at most.
         keep_last: checkpoints kept.
         prefetch: batches that threads prepare ahead.
@@ -133,6 +133,8 @@ class Settings:
                 f"a multiple of accumulation_steps={self.accumulation_steps}",
                 "Every part has the same number of rows.",
             )
+        if self.seed >= 1 << 63:
+            self._fail("seed", "a number below 2**63", "Any smaller one serves.")
         self._check_mesh()
         if self.packing and self.inputs_length < 4:
             self._fail("inputs_length", "4 or more with packing", "A part needs two tokens.")
@@ -219,6 +221,7 @@ def override(settings: Settings, overrides: list[str] | tuple[str, ...]) -> Sett
         ValueError: for what is not `field=value`, an unknown field or a wrong value.
     """
     fields = dataclasses.asdict(settings)
+    texts = {field.name for field in dataclasses.fields(settings) if field.type is str}
     for text in overrides:
         name, equals, value = text.partition("=")
         field, dot, key = name.partition(".")
@@ -230,9 +233,11 @@ def override(settings: Settings, overrides: list[str] | tuple[str, ...]) -> Sett
                 f"{', '.join(fields)}."
             )
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # a string needs no quotes
+            literal = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError):
+            literal = value  # a string needs no quotes
+        if field not in texts or isinstance(literal, str):
+            value = literal
         if dot:
             fields[field][key] = value
         else:

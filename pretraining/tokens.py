@@ -55,6 +55,7 @@ def open_tokenizer(name: str) -> TokenizerFile:
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is text, as for SentencePiece
     ids = {token: tokenizer.token_to_id(token) for token in ("<pad>", "</s>", "<extra_id_0>")}
     missing = [token for token, number in ids.items() if number is None]
     if missing:

@@ -4,6 +4,7 @@ What a run has written is always a prefix of what the whole run writes: records 
 disk before the checkpoint of that step, and a run that is taken up first drops those after it.
 """
 
+import inspect
 import json
 import signal
 import sys
@@ -22,6 +23,7 @@ from modeling_convt5 import ConvT5Config
 from .checkpointing import Checkpoints
 from .export import Export
 from .input_pipeline import Batches
+from .main import PREEMPTED
 from .metrics import Board, JsonLines, Throughput, model_flops, peak_flops
 from .prepare import prepare
 from .records import is_prepared, read_manifest
@@ -37,7 +39,7 @@ from .step import (
 )
 from .tokens import TokenizerFile, open_tokenizer
 
-FINISHED, PREEMPTED = 0, 75
+FINISHED = 0
 # Rewinds to one checkpoint before the run gives up: the fault is not in the batches then.
 _MAX_REWINDS = 3
 # Steps that wait in the devices' queue: one keeps them busy. The loop would run ahead by up to
@@ -151,7 +153,7 @@ def set_up(
             file=sys.stderr,
         )
     export = None
-    if export_to or repository:
+    if export_to is not None or repository is not None:
         export = Export(model, settings, tokenizer, workdir, export_to, repository)
     return Run(
         settings=settings,
@@ -188,8 +190,9 @@ def make_workdir(workdir: Path) -> None:
 
 def model_digest(config: ConvT5Config) -> str:
     """The same for the same model, whichever release of transformers describes it."""
-    fields = {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
-    return digest(sorted(fields.items(), key=str))
+    ours = [name for name in inspect.signature(ConvT5Config.__init__).parameters if name != "self"]
+    fields = {name: getattr(config, name) for name in ours if name != "kwargs"}
+    return digest(json.dumps(fields, sort_keys=True))
 
 
 def find_records(settings: Settings, tokenizer: TokenizerFile, workdir: Path) -> str:
@@ -264,7 +267,7 @@ def train(run: Run, preemption: Preemption) -> int:
             keep(run, step, state, data)
             rewinds = 0
         if run.export and not last and settings.export_every and step % settings.export_every == 0:
-            run.export.write(state["params"], step)
+            run.export.write(state["params"], step, last=False)
         if log or save:
             clock.start()
     bar.close()

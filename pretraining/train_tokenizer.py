@@ -53,13 +53,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.Metaspace()
     texts = list(texts)
-    short = dict(_short_words(texts).most_common(max(0, vocab_size - least)))
+    characters = {c for text in texts for c in unicodedata.normalize("NFKC", text)} | {"▁"}
+    room = vocab_size - least - len(characters)
+    short = dict(_short_words(texts).most_common(max(0, room)))
     trainer = UnigramTrainer(
         vocab_size=vocab_size - SENTINELS - len(short),
         special_tokens=list(SPECIAL),
         unk_token="<unk>",
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"vocab_size={vocab_size}: {error}. The text has {len(characters):,} different "
+            f"characters: {least + len(characters):,} ids hold them."
+        ) from None
     if tokenizer.get_vocab_size() <= len(SPECIAL):
         raise ValueError("There is no text to train a tokenizer on.")
     _add_words(tokenizer, short, texts)

@@ -12,8 +12,9 @@ from task_files import save_tiny_model, write_jsonl, write_task
 from tolerances import LABEL_SCORES
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from evaluation.answers import batches, check_method
+from evaluation.answers import batches, check_method, check_words, from_scores, from_text
 from evaluation.data import load
+from evaluation.metrics import INVALID
 from evaluation.prediction import predict, score_candidates
 from evaluation.results import (
     data_set,
@@ -25,7 +26,7 @@ from evaluation.results import (
     write_json,
 )
 from evaluation.run import main
-from evaluation.tasks import TASKS, get_task
+from evaluation.tasks import TASKS, custom_task, get_task
 from modeling_convt5 import (
     ConvT5ForConditionalGeneration,
     ConvT5ForQuestionAnswering,
@@ -119,6 +120,29 @@ def test_batches_hold_every_row_once():
     for batch in found:
         assert len(batch) == 1 or (len(batch) <= 2 and sum(sizes[i] for i in batch) <= 5)
     assert batches([], [], 5, 2) == []
+
+
+def test_label_words_that_a_model_cannot_tell_apart_are_refused(tokenizer):
+    good, far = (custom_task([a, "negative"], "text", "label") for a in ("positive", "好"))
+    check_words(good, "generate", tokenizer)
+    check_words(far, "score", tokenizer)
+    with pytest.raises(ValueError, match="'好' has characters that the tokenizer lacks"):
+        check_words(far, "generate", tokenizer)
+    alike = custom_task(["好", "坏"], "text", "label")
+    with pytest.raises(ValueError, match="'好' and '坏' are the same tokens"):
+        check_words(alike, "score", tokenizer)
+    check_words(alike, "head", tokenizer)
+
+
+def test_generated_words_are_read_as_they_are_written():
+    task = custom_task(["Good", "good", "very  good", "Bad"], "text", "label")
+    texts = ["Good", "good", "very good", "bad", "GOOD", "none"]
+    assert [from_text(task, text) for text in texts] == [0, 1, 2, 3, INVALID, INVALID]
+
+
+def test_a_diverged_model_is_named():
+    with pytest.raises(ValueError, match="computes NaN"):
+        from_scores(custom_task(["a", "b"], "text", "label"), ["a", "b"], np.array([np.nan, 0]))
 
 
 def test_methods_are_checked():
@@ -274,6 +298,10 @@ def test_summary_of_seeds():
         ({"rows": 3}, "has no 'rows' of type dict"),
         ({"metrics": {"accuracy": 0.5}}, "expected mean, std and per_seed"),
         ({"metrics": {"a": {"mean": 0.9, "std": 0, "per_seed": [0.5]}}}, "not typed by hand"),
+        ({"metrics": {"a": {"mean": 0.5, "std": 0.1, "per_seed": [0.5]}}}, "not typed by hand"),
+        ({"metrics": {"a": {"mean": 0.5, "std": 0, "per_seed": 5}}}, "expected mean, std and per"),
+        ({"task": "../x"}, "expected letters, digits"),
+        ({"evaluated_on": ["test"]}, "expected a split"),
         ({"metrics": {"a": {"mean": float("nan"), "std": 0, "per_seed": [1]}}}, "finite numbers"),
     ],
 )

@@ -109,6 +109,14 @@ def test_another_run_in_the_same_folder_is_refused(files, folder, tmp_path, caps
     assert run("sst2", folder, tmp_path, data=files) == 0
     assert run("sst2", folder, tmp_path, "--learning_rate", 0.5, data=files) == 2
     assert "learning_rate was 0.001, is 0.5" in capsys.readouterr().err
+    other = write_task(tmp_path / "other", "sst2", 20)
+    assert run("sst2", folder, tmp_path, data=other) == 2
+    assert "(rows_sha256 was " in capsys.readouterr().err
+
+
+def test_a_mistyped_model_does_not_take_the_folder(files, folder, tmp_path):
+    assert run("sst2", tmp_path / "none", tmp_path / "out", data=files) == 2
+    assert run("sst2", folder, tmp_path / "out", data=files) == 0
 
 
 def test_it_learns(tmp_path):
@@ -226,6 +234,12 @@ def test_the_papers_defaults(tmp_path):
         (["--resume_from_checkpoint", "x"], "goes on by itself"),
         (["--predict_with_generate", "true"], "use --method generate"),
         (["--train_file", "a.tsv"], "task='cogs' takes no --train_file"),
+        (["--label_smoothing_factor", "0.1"], "has no effect here: the loss is the model's own"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0: expected"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "expected more than 0, or --max_steps"),
+        (["--learning_rate", "nan"], "--learning_rate nan: expected a number, 0 or more"),
+        (["--max_train_rows", "-1"], "max_train_rows=-1: expected 1 or more rows"),
+        (["--max_test_rows", "0"], "max_test_rows=0: expected 1 or more rows"),
     ],
 )
 def test_refusals(files, folder, tmp_path, capsys, more, message):

@@ -106,5 +106,8 @@ def test_it_learns_from_nothing_and_resumes_by_seed(tmp_path, capsys):
 def test_refusals(files, folder, tmp_path, capsys):
     assert run("cogs", folder, files, tmp_path, "--method", "score") == 2
     assert "method='score' does not answer task 'cogs'" in capsys.readouterr().err
+    for more in (["--batch_size", 0], ["--max_steps", -1], ["--num_train_epochs", 0]):
+        assert run("sst2", folder, files, tmp_path / "wrong", *more) == 2
+        assert f"{more[0]} {more[1]}: expected" in capsys.readouterr().err
     assert run("sst2", "lightweight-tiny", files, tmp_path) == 2
     assert "pass --tokenizer" in capsys.readouterr().err

@@ -1,16 +1,22 @@
 """Text to records to batches: everything is read once, and what is left out is counted."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pretraining_runs as runs
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pretraining import prepare as command
 from pretraining import train_tokenizer
+from pretraining.documents import find_sources, read
 from pretraining.input_pipeline import Batches
 from pretraining.prepare import prepare, verify
 from pretraining.records import JoinedRows, TokenStream, is_prepared
@@ -122,10 +128,61 @@ def test_without_validation_files_documents_are_held_out_by_their_text(tmp_path,
     assert not set(found["train"]) & set(found["validation"])
 
 
-def test_every_kind_of_file_is_read(tmp_path, tokenizer):
-    import pyarrow
-    import pyarrow.parquet
+def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer):
+    """As for SentencePiece: else a page about T5 would end rows and open spans."""
+    (tmp_path / "a.txt").write_text("ab </s> <pad> <extra_id_3> cd\r\n")
+    prepare(str(tmp_path / "a.txt"), str(tokenizer.path), tmp_path / "records", workers=1)
+    streams = [TokenStream(tmp_path / "records", split) for split in ("train", "validation")]
+    (stream,) = [stream for stream in streams if len(stream)]
+    found = stream.read(0, len(stream)).tolist()
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    special |= {tokenizer.first_sentinel_id - i for i in range(tokenizer.num_sentinels)}
+    assert len(found) > 5 and not special & set(found)
 
+
+def test_a_line_of_plain_text_is_the_document_that_json_has(tmp_path, tokenizer):
+    texts = runs.make_texts(5)
+    runs.write_jsonl(tmp_path / "json" / "a.jsonl", texts)
+    (tmp_path / "a.txt").write_bytes("".join(f"{text}\r\n" for text in texts).encode())
+    found = [
+        list(read(source, Counter()))
+        for name in ("json", "a.txt")
+        for source in find_sources(str(tmp_path / name))
+    ]
+    assert found == [texts, texts]
+
+
+def test_folders_name_the_split_as_files_do(tmp_path):
+    for name in ("train/a.jsonl", "validation/a.jsonl", "test/a.jsonl", "latest/a.jsonl"):
+        runs.write_jsonl(tmp_path / name, ["x"])
+    found = {source.name: source.split for source in find_sources(str(tmp_path))}
+    held_out = {"validation/a.jsonl": "validation"}
+    assert found == {"latest/a.jsonl": "train", "train/a.jsonl": "train", **held_out}
+
+
+def test_records_do_not_become_text(tmp_path, tokenizer):
+    text = runs.make_data(tmp_path / "text")
+    with pytest.raises(ValueError, match="lies inside of .*Choose a folder outside"):
+        prepare(str(text), str(tokenizer.path), text / "records")
+
+
+def test_stopped_workers_do_not_finish_their_sources(tmp_path, tokenizer):
+    """A pre-empted machine has seconds, a file of C4 takes minutes."""
+    text = tmp_path / "text"
+    for name in "ab":
+        runs.write_jsonl(text / f"{name}.jsonl", runs.make_texts(60_000))
+    command = [sys.executable, "-m", "pretraining.prepare", "--data", str(text), "--workers", "2"]
+    command += ["--tokenizer", str(tokenizer.path), "--output", str(tmp_path / "records")]
+    process = subprocess.Popen(command, cwd=runs.ROOT)
+    while not list(tmp_path.glob("records/*.incomplete")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert not list(tmp_path.glob("records/0*.json"))
+
+
+def test_every_kind_of_file_is_read(tmp_path, tokenizer):
     texts, folder = runs.make_texts(40), tmp_path / "text"
     runs.write_jsonl(folder / "a.json.gz", texts[:10])
     runs.write_jsonl(folder / "b.jsonl", texts[10:20])
@@ -147,6 +204,11 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path, tokenizer
     (folder / "no.json.gz").write_bytes(b"not gzip at all")
     (folder / "no.parquet").write_bytes(b"PAR1 nor this")
     lines = [b'{"text": "\xff\xfe"}', b"{", b"[1]", b'{"body": "x"}', b'{"text": "  "}']
+    lines += [b'{"text": "ab \\ud800 cd"}', b"[" * 200_000]
+    (folder / "nothing.txt.gz").write_bytes(b"")
+    strings = [pyarrow.py_buffer(b) for b in (b"\0\0\0\0\3\0\0\0\6\0\0\0", b"ab\xffcde")]
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, *strings])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), folder / "bytes.parquet")
     lines += [b'{"text": "abc"}', json.dumps({"text": "a " * 5_000_001}).encode()]
     lines += [json.dumps({"text": text}).encode() for text in texts[:3]]
     (folder / "odd.jsonl").write_bytes(b"\n".join(lines))
@@ -154,12 +216,15 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path, tokenizer
     skipped = manifest["skipped"]
     assert skipped["odd.jsonl"] == {
         "line that is not UTF-8": 1,
-        "line that is not a JSON object": 2,
+        "line that is not a JSON object": 3,
+        "document with half a character (a lone surrogate)": 1,
         "no text in the column 'text'": 1,
         "empty document": 1,
         "document of fewer than two tokens": 1,
         "document of more than 10,000,000 characters": 1,
     }
+    assert skipped["nothing.txt.gz"] == {"file of no bytes": 1}
+    assert skipped["bytes.parquet"]["document that is not UTF-8"] == 1
     for name in ("torn.json.gz", "no.json.gz", "no.parquet"):
         ((reason, count),) = skipped[name].items()
         assert reason.startswith("damaged file, read up to its fault") and count == 1
@@ -341,6 +406,13 @@ def test_a_frequent_word_of_one_character_is_one_token():
     tokens = made.encode("( x _ 1 ) ; ( x _ 2 )", add_special_tokens=False).tokens
     assert tokens == "▁( ▁x ▁_ ▁1 ▁) ▁; ▁( ▁x ▁_ ▁2 ▁)".split()
     assert made.encode("(them) 1st").tokens[0] == "▁("
+    # Characters of their own need places of their own.
+    far = "".join(chr(0x4E00 + i) for i in range(300))
+    texts = [" ".join(far[i:] + far[:i]) for i in range(0, 300, 10)]
+    assert train_tokenizer.train_tokenizer(texts, 600).get_vocab_size() <= 600
+    with pytest.raises(ValueError, match=r"vocab_size=200: .* 30[12] different characters"):
+        train_tokenizer.train_tokenizer(texts, 200)
+    texts = ["the cat ( x _ 1 ) ; the dog ( x _ 2 ) sees (them) 1st"] * 50
     # As many as there is room for: the sentinels and special tokens come first.
     assert train_tokenizer.train_tokenizer(texts, 130).get_vocab_size() <= 130
 

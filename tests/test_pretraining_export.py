@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from benchmarks import benchmark_pretraining
 from examples import continue_pretraining
 from modeling_convt5 import FlaxConvT5ForConditionalGeneration
-from pretraining import plot
+from pretraining import export, plot
 from pretraining.input_pipeline import Batches
 from pretraining.main import main
 from pretraining.settings import load
@@ -71,6 +71,22 @@ def test_a_run_pushes_its_export(exported, hub):  # noqa: F811
         assert torch.equal(model.state_dict()[key], value), key
 
 
+def test_a_hub_that_fails_does_not_stop_training(exported, tmp_path, monkeypatch, capsys):
+    class Down:
+        def create_repo(self, *args, **kwargs):
+            raise ConnectionError("no route to the Hub")
+
+    monkeypatch.setattr(export, "HfApi", Down)
+    root, _, command = exported
+    command = [*command, "--push_to_hub", "user/other"]
+    command[command.index("--workdir") + 1] = str(tmp_path / "run")
+    command[command.index("--export") + 1] = str(tmp_path / "hub")
+    with pytest.raises(SystemExit, match="Run the same command again: it uploads"):
+        main(command)
+    assert "The next export tries again" in capsys.readouterr().err  # that of step 4
+    assert runs.records(tmp_path / "run")[-1]["step"] == 6
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_pytorch_has_flaxs_loss_on_the_programs_own_batches(exported, packing):
     import dataclasses
@@ -105,10 +121,17 @@ def test_continued_pretraining_in_pytorch(exported, tmp_path, capsys):
         continue_pretraining.Rows(str(root / "run" / "records"), "validation", 100_000)
 
 
-def test_curves_are_drawn_from_the_records(exported, tmp_path):
+def test_curves_are_drawn_from_the_records(exported, tmp_path, monkeypatch):
     root, *_ = exported
     assert plot.main([str(root / "run"), "--output", str(tmp_path / "losses.png")]) == 0
     assert (tmp_path / "losses.png").stat().st_size > 5000
+    other = tmp_path / "other" / "run"
+    other.mkdir(parents=True)
+    (other / "metrics.jsonl").write_bytes((root / "run" / "metrics.jsonl").read_bytes())
+    monkeypatch.setattr(plot, "plot", lambda runs, path: seen.update(runs))
+    seen: dict = {}
+    assert plot.main([str(root / "run"), str(other)]) == 0
+    assert list(seen) == [str(root / "run"), str(other)]
     with pytest.raises(ValueError, match="metrics.jsonl: there is no such file"):
         plot.main([str(tmp_path), "--output", str(tmp_path / "none.png")])
 

@@ -4,15 +4,20 @@ import ast
 import dataclasses
 import importlib
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pretraining_runs as runs
 import pytest
 
+from modeling_convt5 import ConvT5Config
 from pretraining.configs import base_lightweight
 from pretraining.estimate import estimate
 from pretraining.input_pipeline import Batches
@@ -22,7 +27,7 @@ from pretraining.records import TokenStream
 from pretraining.settings import Settings, load, override
 from pretraining.step import make_mesh, model_config
 from pretraining.tokens import open_tokenizer
-from pretraining.train import find_records, set_up
+from pretraining.train import find_records, model_digest, set_up
 
 NAMES = [
     f"{size}_{family}"
@@ -101,6 +106,8 @@ def test_every_field_is_read(tmp_path):
         ("mesh={'data': -1, 'fsdp': -1}", "expected at most one -1"),
         ("keep_last=0", "Settings.keep_last=0 is not allowed: expected 1 or more"),
         ("accumulation_steps=0", "expected 1 or more"),
+        ("mesh={{}:1}", "Settings.mesh"),
+        (f"seed={2**63}", "expected a number below"),
     ],
 )
 def test_wrong_fields(pair, message):
@@ -220,8 +227,17 @@ def test_wrong_places(tmp_path, ready):
         set_up(ready[1], tmp_path / "file")
     with pytest.raises(ValueError, match="expected a folder of a file system that all hosts share"):
         set_up(ready[1], Path("gs://bucket/run"))
-    with pytest.raises(ValueError, match="--export .*file is a file: expected a folder"):
+    with pytest.raises(ValueError, match="--export .*file is a file, or lies below one"):
         set_up(ready[1], tmp_path / "run", export_to=str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="sub is a file, or lies below one"):
+        set_up(ready[1], tmp_path / "run", export_to=str(tmp_path / "file" / "sub"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="mine holds something else than an exported model"):
+        set_up(ready[1], tmp_path / "run", export_to=str(tmp_path / "mine"))
+    for name in ("", "a/b/c d"):
+        with pytest.raises(ValueError, match=f"--push_to_hub '{name}'"):
+            set_up(ready[1], tmp_path / "run", repository=name)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +356,48 @@ def test_the_configuration_of_a_model_is_the_tokenizers(ready):
     config = model_config(settings, tokenizer)
     assert (config.vocab_size, tokenizer.size, tokenizer.num_sentinels) == (128, 82, 20)
     assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, 1, 0)
+
+
+def test_the_digest_of_a_model_is_of_its_own_fields():
+    """Not of the defaults that this release of transformers puts beside them."""
+    one, other = (ConvT5Config.from_preset("lightweight-tiny") for _ in range(2))
+    other.transformers_version, other.max_length, other.of_next_year = "9.9", 7, True
+    assert model_digest(one) == model_digest(other)
+    other.d_ff += 1
+    assert model_digest(one) != model_digest(other)
+
+
+def test_a_record_on_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "from pretraining.checkpointing import is_disk_full\n"
+        "from pretraining.metrics import JsonLines\n"
+        "lines = JsonLines(sys.argv[1])\n"
+        "try:\n"
+        "    while True: lines.append({'step': 1, 'loss': 0.5})\n"
+        "except OSError as error: sys.exit(0 if is_disk_full(error) else 3)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "metrics.jsonl")]
+    assert subprocess.run(command, cwd=runs.ROOT).returncode == 0
+
+
+def test_preempted_while_it_imports(ready):
+    command = [sys.executable, "-m", "pretraining.main", "--config", runs.CONFIG, "--workdir", "x"]
+    process = subprocess.Popen(
+        command, cwd=ready[0], env={**os.environ, "PYTHONPATH": str(runs.ROOT)}
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        process.kill()
+        pytest.skip("this system does not show which signals a process catches")
+    while process.poll() is None:
+        (caught,) = re.findall(r"SigCgt:\s*(\w+)", status.read_text())
+        if int(caught, 16) >> (signal.SIGTERM - 1) & 1:
+            break
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 75
 
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_stays(finished, tmp_path):

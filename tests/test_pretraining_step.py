@@ -227,8 +227,9 @@ def test_dropout_follows_from_the_step(tokenizer):
 # --- Bad steps -----------------------------------------------------------------------------------
 
 
-def test_a_bad_step_is_counted_and_changes_nothing_else(tokenizer):
-    model, settings = build(tokenizer)
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_a_bad_step_is_counted_and_changes_nothing_else(tokenizer, name):
+    model, settings = build(tokenizer, optimizer=name)
     start, train, _ = compile_steps(model, settings)
     state, _ = train(start(), make_batch(model))
     before = jax.tree.map(np.asarray, state)
@@ -237,6 +238,9 @@ def test_a_bad_step_is_counted_and_changes_nothing_else(tokenizer):
     state, metrics = train(state, broken)
     assert not np.isfinite(metrics["step_loss"]) and int(state["skipped"]) == 1
     assert int(state["step"]) == 2
+    # The optimizer has made one step, and says the rate of its second.
+    _, metrics = train(jax.tree.map(jnp.copy, state), make_batch(model))
+    assert float(metrics["learning_rate"]) == float(learning_rate(settings)(1))
     for part in ("params", "optimizer", "average", "window"):
         for one, other in zip(
             jax.tree.leaves(before[part]), jax.tree.leaves(state[part]), strict=True

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
 from task_files import save_tiny_model
 from test_hub_server import add, hub  # noqa: F401 - a running Hub
 
@@ -218,7 +219,27 @@ def _other_type(folder):
     (folder / "config.json").write_text(json.dumps({**fields, "model_type": "t5"}))
 
 
+def _without(folder, name):
+    """The folder lacks one tensor."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 BROKEN = {
+    "spiece.model may hold a pickle": lambda f: (f / "spiece.model").write_bytes(b"\x80\x02x"),
+    "LICENSE may hold a pickle": lambda f: (f / "LICENSE").write_bytes(b"PK\x03\x04"),
+    "tokenizer.json is damaged": lambda f: (f / "tokenizer.json").write_text("garbage"),
+    "generation_config.json holds no": lambda f: (f / "generation_config.json").write_text("[]"),
+    "pipeline_convt5.py is no Python": lambda f: (f / "pipeline_convt5.py").write_text("def"),
+    "evil.py is imported by no part": lambda f: (f / "evil.py").write_text("import os"),
+    "model.safetensors.index.json holds no": lambda f: (
+        f / "model.safetensors.index.json"
+    ).write_text("[]"),
+    "model.safetensors is no safetensors file": lambda f: (f / "model.safetensors").write_bytes(
+        b"\x02\0\0\0\0\0\0\0[]"
+    ),
     "pytorch_model.bin may hold a pickle": lambda f: (f / "pytorch_model.bin").write_bytes(b"x"),
     "notes.json may hold a pickle": lambda f: (f / "notes.json").write_bytes(b"\x80\x04x"),
     "optimizer.pt may hold a pickle": lambda f: (f / "optimizer.pt").write_bytes(b"x"),
@@ -242,6 +263,36 @@ def test_folders_that_must_not_be_published(hub, checkpoint, capsys, message):  
     BROKEN[message](checkpoint)
     assert run(hub, checkpoint) == 2
     assert message in capsys.readouterr().err and hub.requests == []
+
+
+def test_weights_that_are_not_whole_are_found_before_anything_is_sent(checkpoint):
+    _without(checkpoint, "decoder.layers.0.cross_attention.q.weight")
+    with pytest.raises(ValueError, match=r"missing_keys .*cross_attention\.q"):
+        sandbox.outputs(checkpoint)
+
+
+def test_weights_that_compute_nan_are_found_before_anything_is_sent(checkpoint):
+    model = ConvT5ForConditionalGeneration.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.shared.weight.fill_(float("nan"))
+    model.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="computes NaN"):
+        sandbox.outputs(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["me/na me", "me/{x}", "me/a--b", "me/x.git", "me/" + "a" * 200])
+def test_names_that_the_hub_refuses(checkpoint, capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        publish.main(["--checkpoint", str(checkpoint), "--repo_id", name, "--dry_run"])
+    assert caught.value.code == 2 and f"--repo_id {name}" in capsys.readouterr().err
+
+
+def test_plots_have_any_name(hub, checkpoint, results, no_processes):  # noqa: F811
+    (results.parent / "my loss_0.5.png").write_bytes(b"\x89PNG")
+    assert run(hub, checkpoint, "--results", results) == 0
+    files = hub.repo("user/tiny").find("main").files
+    assert "plots/my loss_0.5.png" in files
+    assert b"(plots/my%20loss_0.5.png)" in files["README.md"]
 
 
 @pytest.mark.parametrize(

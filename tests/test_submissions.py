@@ -174,6 +174,11 @@ def test_archives_with_something_else(glue, tmp_path):
     with pytest.raises(ValueError, match="not a zip file"):
         (tmp_path / "a.zip").write_text("index\tprediction")
         check_glue(tmp_path / "a.zip")
+    content = bytearray(glue.read_bytes())
+    content[200:240] = bytes(40)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match="not a zip file that can be read"):
+        check_glue(tmp_path / "a.zip")
     target = changed(glue, tmp_path, "", None)
     with zipfile.ZipFile(target, "a") as archive:
         archive.writestr("notes.txt", "x")
@@ -207,6 +212,27 @@ def test_missing_predictions_name_the_command(tmp_path, capsys):
     assert main(["write", "--benchmark", "glue", *arguments]) == 2
     assert "python -m evaluation.run --tasks ax" in capsys.readouterr().err
     assert main(["check", "--benchmark", "glue", str(tmp_path / "none.zip")]) == 2
+
+
+@pytest.mark.parametrize("line", ["3", "{}", '{"index": "x", "prediction": 0}', "{"])
+def test_damaged_predictions_name_their_line(tmp_path, line):
+    path = tmp_path / "ax" / "predictions_test.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"index": 0, "prediction": 0}\n' + line)
+    with pytest.raises(ValueError, match=r"predictions_test\.jsonl, line 2 is no prediction"):
+        submissions.read_predictions(tmp_path, "ax", "test")
+    path.write_text('{"index": 0, "prediction": 3}\n')
+    with pytest.raises(
+        ValueError, match="ax, test, index 0: prediction 3 is none of the 3 classes"
+    ):
+        submissions.write_glue(tmp_path, tmp_path / "glue.zip")
+
+
+def test_the_place_to_write_to_is_checked_first(tmp_path, capsys):
+    for output, message in ((tmp_path / "none" / "a.zip", "is not there"), (tmp_path, "a folder")):
+        with pytest.raises(SystemExit):
+            main(["write", "--benchmark", "glue", "--predictions", "x", "--output", str(output)])
+        assert message in capsys.readouterr().err
 
 
 def test_a_file_is_replaced_only_when_asked_and_only_by_a_good_one(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 from task_files import WRITERS, write_csv, write_jsonl, write_lines, write_task, write_tsv
 
 from evaluation.data import count_duplicates, is_labelled, load, read_file, read_label
+from evaluation.splits import load_task
 from evaluation.tasks import ANSWERED_BY, PAPER, TASKS, TREC_FINE, custom_task, get_task
 
 REAL = os.environ.get("CONVT5_TEST_DATA")
@@ -95,6 +96,7 @@ def test_sentiment140_official_csv_is_latin1(tmp_path):
     ("name", "labels", "expected"),
     [
         ("a.csv", (1, 2, 3, 4), [0, 1, 2, 3]),
+        ("b.csv", (0, 3), [0, 3]),
         ("a.csv", (3, 2), [2, 1]),  # official numbering although 4 does not occur
         ("b.jsonl", (0, 3), [0, 3]),
         ("b.jsonl", (1, 3), [1, 3]),
@@ -220,6 +222,15 @@ def test_formats(tmp_path, kind, ending):
         ("a.tsv.gz", "sentence\tlabel\nx\t1\n", "is damaged, or not a .gz file"),
         ("a.json", '{"data": 3,\n"x": 4}', "holds neither a list"),
         ("a.xml", "<x/>", "of no known format"),
+        (
+            "a.jsonl",
+            '{"sentence": "\\ud800", "label": 1}\n',
+            "line 1: 'sentence' holds half a char",
+        ),
+        ("a.jsonl", '{"sentence": "x", "Sentence": "y"}\n', "line 1 has 'sentence' twice"),
+        ("a.jsonl", '{"sentence": NaN, "label": 1}\n', "line 1: its 'sentence' is empty"),
+        ("a.tsv", "sentence\tlabel\n", "holds no rows"),
+        ("a.parquet", "PAR1", "is damaged, or no parquet file"),
     ],
 )
 def test_refusals_name_the_line(tmp_path, name, content, message):
@@ -308,6 +319,85 @@ def test_custom_columns(tmp_path):
     write_tsv(tmp_path / "a.tsv", [("x", "Up"), ("y", "Down")], ["Review", "Trend"])
     task = custom_task(["Down", "Up"], "Review", "Trend")
     assert [row["label"] for row in read_file(task, tmp_path / "a.tsv", [])] == [1, 0]
+
+
+def custom(tmp_path, labels, test=()):
+    """Task `custom` and its rows, from files with these labels as JSON has them."""
+    files = []
+    for name, some in (("train", labels), ("test", test)):
+        write_jsonl(
+            tmp_path / f"{name}.jsonl",
+            [{"text": f"{name} {i}", "label": label} for i, label in enumerate(some)],
+        )
+        files.append(str(tmp_path / f"{name}.jsonl") if some else None)
+    return load_task("custom", None, (files[0], None, files[1]))
+
+
+def test_ones_own_numbers_are_compared_as_numbers(tmp_path):
+    task, data = custom(tmp_path, [10, 9.0, "1"], ["1.0", 10, 9])
+    assert task.words == ("1", "9", "10")
+    assert [row["label"] for row in data.rows["test"]] == [0, 2, 1]
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: label 0 is none of .* 1, 2, 3"):
+        custom(tmp_path, [1, 2, 3], [0, 1])
+    _, data = custom(tmp_path, [-1.0, 0.0, 1.0], [-1, 0, 1])
+    assert [row["label"] for row in data.rows["test"]] == [0, 1, 2]
+
+
+def test_missing_labels_of_ones_own_file_are_left_out(tmp_path):
+    task, data = custom(tmp_path, ["a", float("nan"), "b", "NaN", None], ["b", "a"])
+    assert task.words == ("a", "b") and len(data.rows["train"]) == 2
+    assert "train: 3 rows without a label left out" in data.notes
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "x", "gold": "a"}])
+    files = (str(tmp_path / "train.jsonl"), None, str(tmp_path / "test.jsonl"))
+    with pytest.raises(ValueError, match=r"line 1 has no label: its columns are text, gold"):
+        load_task("custom", None, files)
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "train 0", "label": "a"}])
+    notes = load_task("custom", None, files)[1].notes
+    assert "test: 1 of 1 inputs are also training inputs" in notes
+
+
+def test_a_split_whose_labels_have_another_name_is_told(tmp_path):
+    write_tsv(tmp_path / "test.tsv", [("x", 1)], ["sentence", "gold"])
+    _, notes = _rows("sst2", tmp_path / "test.tsv")
+    (note,) = notes
+    assert "columns are sentence, gold; a label would be called label or sentiment" in note
+
+
+def test_questions_without_an_answer_are_left_out(tmp_path):
+    rows = [
+        {"question": "?", "context": "Ann", "answers": {"text": texts, "answer_start": []}}
+        for texts in (["Ann"], [])
+    ]
+    write_jsonl(tmp_path / "dev.jsonl", rows)
+    found, notes = _rows("squad", tmp_path / "dev.jsonl")
+    assert len(found) == 1 and "1 rows without a label left out" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("squad", {"paragraphs": [{"context": "c"}]}),
+        ("squad", {"question": "?", "context": "c", "answers": {"answer_start": [4]}}),
+        ("squad", {"question": "?", "context": "c", "answers": {"text": "d"}}),
+        ("squad", {"question": "?", "context": "c", "answers": 5}),
+        ("multirc", {"idx": 0, "passage": {"text": "t", "questions": ["q"]}}),
+        ("record", {"idx": 0, "passage": {"text": "t", "entities": []}}),
+        ("record", {"passage": "t", "query": "q", "entities": [], "answers": ["a"]}),
+        ("wsc", {"text": "t", "target": "x"}),
+    ],
+)
+def test_rows_nested_in_another_way_are_named(tmp_path, name, row):
+    write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):
+        _rows(name, tmp_path / "a.jsonl")
+
+
+def test_numbers_of_trecs_older_copies_are_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "?", "label-coarse": "DESC"}])
+    assert _rows("trec", tmp_path / "a.jsonl")[0][0]["label"] == 2
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "?", "label-coarse": 0}])
+    with pytest.raises(ValueError, match="line 1: the label 0 is a number of an older copy"):
+        _rows("trec", tmp_path / "a.jsonl")
 
 
 @pytest.mark.skipif(not REAL, reason="CONVT5_TEST_DATA names no folder of real data sets")
