@@ -109,8 +109,10 @@ def test_another_run_in_the_same_folder_is_refused(files, folder, tmp_path, caps
     assert run("sst2", folder, tmp_path, data=files) == 0
     assert run("sst2", folder, tmp_path, "--learning_rate", 0.5, data=files) == 2
     assert "learning_rate was 0.001, is 0.5" in capsys.readouterr().err
-    other = write_task(tmp_path / "other", "sst2", 20)
-    assert run("sst2", folder, tmp_path, data=other) == 2
+    write_task(tmp_path / "sst2", "sst2", 12)
+    assert run("sst2", folder, tmp_path / "out", data=tmp_path) == 0
+    write_task(tmp_path / "sst2", "sst2", 20)
+    assert run("sst2", folder, tmp_path / "out", data=tmp_path) == 2
     assert "(rows_sha256 was " in capsys.readouterr().err
 
 
@@ -143,7 +145,7 @@ def test_rows_are_grouped_by_length(folder, tmp_path, monkeypatch):
         return collate(self, rows)
 
     monkeypatch.setattr(finetune.Collator, "__call__", seen)
-    rows = [{"text": "good " * (1 + i), "label": "yn"[i % 2]} for i in range(40)]
+    rows = [{"text": "good " * (1 + i), "label": ("good", "bad")[i % 2]} for i in range(40)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     more = ["--train_sampling_strategy", "group_by_length", "--per_device_train_batch_size", 4]
     more += ["--train_file", tmp_path / "rows.jsonl"]
