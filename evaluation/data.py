@@ -325,7 +325,7 @@ def _first_class(task, pairs, notes, split, is_csv):
     """1 if classes are numbered from 1, as in the official csv of AG News, else 0."""
     if task.name != "ag_news":
         return 0
-    values = {label_word(_get(record, task.label)) for _, record in pairs}
+    values = {_word(_get(record, task.label)) for _, record in pairs}
     if "0" in values:
         return 0
     if "4" in values or any("class index" in record for _, record in pairs):
@@ -424,7 +424,7 @@ def read_label(task: Task, value: Any, shift: int = 0) -> int | float | None | o
     Raises:
         ValueError: naming the label and the classes.
     """
-    word = label_word(value)
+    word = _word(value)
     if word in task.spellings:
         return DROPPED if task.spellings[word] is None else task.spellings[word]
     words = [name.lower() for name in task.words]
@@ -472,7 +472,7 @@ def is_number(value: Any) -> bool:
     return True
 
 
-def label_word(value: Any) -> str:
+def _word(value):
     """A label as text, in lower case; a whole number without decimals, as "1.0" may be meant."""
     word = str(value).strip().lower()
     try:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .data import Data, count_duplicates, is_labelled, is_number, label_word, load, read_file
+from .data import Data, count_duplicates, is_labelled, is_number, load, read_file
 from .tasks import ANSWERED_BY, Task, custom_task, get_task
 
 HELD_OUT = 0.1  # of the training rows, where the task has no split to spare
@@ -54,7 +55,7 @@ def load_task(
     as_text = replace(custom_task([], text_column, label_column), kind="text", metrics=())
     labels = {row["label"] for row in read_file(as_text, files[0], [])} - {None}
     if all(map(is_number, labels)):  # tables write 1 as 1.0 where a cell of the column is empty
-        words = sorted({label_word(label) for label in labels}, key=float)
+        words = sorted({re.sub(r"\.0+$", "", label) for label in labels}, key=float)
     else:
         words = sorted(labels)
     if len(words) < 2:

@@ -339,6 +339,8 @@ def test_ones_own_numbers_are_compared_as_numbers(tmp_path):
     assert [row["label"] for row in data.rows["test"]] == [0, 2, 1]
     with pytest.raises(ValueError, match=r"test\.jsonl, line 1: label 0 is none of .* 1, 2, 3"):
         custom(tmp_path, [1, 2, 3], [0, 1])
+    task, data = custom(tmp_path, ["007", "7", "1.10", "1.1"], ["1.10", "007"])  # names, not sizes
+    assert [task.words[row["label"]] for row in data.rows["test"]] == ["1.10", "007"]
     _, data = custom(tmp_path, [-1.0, 0.0, 1.0], [-1, 0, 1])
     assert [row["label"] for row in data.rows["test"]] == [0, 1, 2]
 
