@@ -33,29 +33,32 @@ def check_method(task: Task, method: str | None) -> str:
     return method
 
 
-def check_words(task: Task, method: str, tokenizer) -> None:
-    """Refuse classes that a model cannot tell apart, or cannot write.
+def check_words(task: Task, method: str, tokenizer) -> list[str]:
+    """Notes on classes that a model cannot tell apart, or cannot write, with this tokenizer.
 
     Raises:
-        ValueError: naming two label words of the same tokens or, for method "generate", one that
-            the tokenizer has no tokens for.
+        ValueError: instead, where the label words are the user's own and can be renamed.
     """
     if method == "head" or task.kind != "classification":
-        return
+        return []
     ids = tokenizer(list(task.words), truncation=True, max_length=task.target_length)["input_ids"]
     seen: dict[tuple, str] = {}
+    faults = []
     for word, tokens in zip(task.words, map(tuple, ids), strict=True):
         if tokens in seen:
-            raise ValueError(
+            faults.append(
                 f"the labels {seen[tokens]!r} and {word!r} are the same tokens: rename one in the "
-                "data, use another tokenizer, or --method head."
+                "data, use another tokenizer, or --method head"
             )
-        if method == "generate" and tokenizer.unk_token_id in tokens:
-            raise ValueError(
+        elif method == "generate" and tokenizer.unk_token_id in tokens:
+            faults.append(
                 f"the label {word!r} has characters that the tokenizer lacks, so that no model can "
-                "write it: rename it in the data, or use --method score or head."
+                "write it: rename it in the data, or use --method score or head"
             )
         seen[tokens] = word
+    if faults and task.name == "custom":
+        raise ValueError(f"{faults[0]}.")
+    return faults
 
 
 def longest_target(task: Task, tokenizer, rows: Sequence[dict]) -> int:

@@ -42,7 +42,7 @@ def evaluation_splits(data: Data, asked: list[str] | None = None) -> list[str]:
 def evaluate_task(args, task: Task, data: Data, model, tokenizer, method) -> dict:
     """One task's record; its files are written."""
     method = check_method(task, args.method or method)
-    check_words(task, method, tokenizer)
+    data.notes += check_words(task, method, tokenizer)
     rows = {
         split: some_of(data.rows[split], args.max_rows)
         for split in evaluation_splits(data, args.splits)

@@ -376,7 +376,7 @@ def finetune(args: TaskArguments, training: TrainArguments) -> dict:
     rows = arrange(
         task, data, args.max_train_rows, args.max_validation_rows or None, args.max_test_rows
     )
-    check_words(task, method, make_tokenizer(args))
+    data.notes += check_words(task, method, make_tokenizer(args))
     if args.model not in PRESETS:  # a mistyped name is found before the folder is taken
         AutoConfig.from_pretrained(
             args.model, revision=args.revision, trust_remote_code=args.trust_remote_code

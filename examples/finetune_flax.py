@@ -218,7 +218,7 @@ def finetune(args: argparse.Namespace) -> dict:
     rows = arrange(
         task, data, args.max_train_rows, args.max_validation_rows or None, args.max_test_rows
     )
-    check_words(task, method, make_tokenizer(args))
+    data.notes += check_words(task, method, make_tokenizer(args))
     ours = {key: value for key, value in vars(args).items() if key not in FREE}
     ours |= {"framework": "flax", "rows_sha256": fingerprint(task, rows)}
     claim_folder(Path(args.output_dir), ours)
