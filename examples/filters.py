@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -79,6 +80,8 @@ def draw(model, tokenizer, text: str) -> Figure:
             axis.set_yticks(range(len(tokens)), tokens, fontsize=6)
         else:
             axis.set_ylabel("filter", fontsize=7)
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.tick_params("y", labelsize=6)
     return figure
 
 
