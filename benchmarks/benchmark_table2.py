@@ -31,11 +31,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from benchmarks.benchmark_convolution import processor, write
 from benchmarks.benchmark_families import FAMILIES, folder_of_tokenizer, pretrain
 from benchmarks.cells import options, results_path, run_cells, said, write_results
+from examples.continue_pretraining import Rows
 from pretraining.collator import SpanCorruptionCollator
 from pretraining.configs.tiny_cpu import config
 from pretraining.prepare import prepare
-from pretraining.records import JoinedRows, TokenStream, is_prepared
-from pretraining.span_corruption import raw_length_for
+from pretraining.records import is_prepared
 
 # Task: seeds, and finetune.py's arguments. So small models learn at ten times the paper's rate;
 # rows of like length make a batch. The longest test texts of COGS have 300 tokens.
@@ -131,12 +131,8 @@ def held_out_losses(export: Path, records: Path, rows: int = 256) -> dict[str, f
     collator = SpanCorruptionCollator(
         tokenizer.convert_tokens_to_ids("<extra_id_0>"), tokenizer.eos_token_id
     )
-    raw_length, _ = raw_length_for(config.inputs_length)
-    held_out = JoinedRows(TokenStream(records, "validation"), raw_length)
-    rows = min(rows, len(held_out))
-    batch = collator(
-        [{"input_ids": held_out.stream.read(*held_out.pieces(row)[0])} for row in range(rows)]
-    )
+    held_out = Rows(records, "validation", config.inputs_length)
+    batch = collator([held_out[row] for row in range(min(rows, len(held_out)))])
     shifted = {n: value if n == "labels" else value.roll(1, 0) for n, value in batch.items()}
     with torch.inference_mode():
         found = [model(**inputs).loss.item() for inputs in (batch, shifted)]

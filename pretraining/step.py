@@ -267,9 +267,8 @@ def train_step(model: Model, settings: Settings, state: State, batch: Batch):
         "gradient_norm": norms[0],
         "update_norm": norms[1],
         "parameter_norm": norm(params),
-        "learning_rate": learning_rate(settings)(
-            step - state["skipped"]
-        ),  # as the optimizer counts
+        # The optimizer does not count the steps that were skipped.
+        "learning_rate": learning_rate(settings)(step - state["skipped"]),
         "skipped": new["skipped"],
         "tokens": (batch["labels"] != -100).sum()
         + (batch["input_ids"] != model.config.pad_token_id).sum(),
