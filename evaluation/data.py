@@ -12,11 +12,12 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .layouts import flatten
 from .tasks import Task
 
 USUAL = {
@@ -274,13 +275,12 @@ def _headerless(task, path, count):
 
 
 def _rows(task, records: Iterable[Record], notes, split, is_csv=False) -> list[dict]:
-    flatten = LAYOUTS.get(task.name)
     rows, dropped = [], 0
-    pairs = [(where, _lower_names(where, record)) for where, record in records]
-    if flatten is not None:
-        pairs = [
-            (where, flat) for where, record in pairs for flat in _inside(flatten, where, record)
-        ]
+    pairs = [
+        (where, flat)
+        for where, record in records
+        for flat in flatten(task.name, where, _lower_names(where, record))
+    ]
     shift = _first_class(task, pairs, notes, split, is_csv)
     if pairs and not any(name.lower() in record for name in task.label for _, record in pairs):
         told = f"{', '.join(pairs[0][1])}; a label would be called {' or '.join(task.label)}"
@@ -309,16 +309,6 @@ def _lower_names(where, record):
         twice = Counter(name.lower() for name in record).most_common(1)[0][0]
         raise ValueError(f"{where} has {twice!r} twice, in upper and lower case. Rename one.")
     return lower
-
-
-def _inside(flatten, where, record):
-    """The rows of a nested record."""
-    try:
-        return list(flatten(record))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{where} is not nested as the official files are ({type(error).__name__}: {error})."
-        ) from None
 
 
 def _first_class(task, pairs, notes, split, is_csv):
@@ -518,62 +508,6 @@ def _answers(value, where):
             f"{where}: answers {value!r:.60} are neither a list of texts nor laid out as SQuAD's "
             f"({type(error).__name__}: {error})."
         ) from None
-
-
-def _flatten_squad(record):
-    if "paragraphs" not in record:
-        yield record
-        return
-    for paragraph in record["paragraphs"]:
-        for question in paragraph["qas"]:
-            yield {"title": record.get("title"), "context": paragraph["context"], **question}
-
-
-def _flatten_multirc(record):
-    passage = record.get("passage")
-    if not isinstance(passage, dict):
-        yield record
-        return
-    for question in passage["questions"]:
-        for answer in question["answers"]:
-            place = {"paragraph": record["idx"], "question": question["idx"]}
-            yield {
-                "paragraph": passage["text"],
-                "question": question["question"],
-                "answer": answer["text"],
-                "label": answer.get("label"),
-                "idx": {**place, "answer": answer["idx"]},
-            }
-
-
-def _flatten_record(record):
-    passage = record.get("passage")
-    if not isinstance(passage, dict):
-        yield record
-        return
-    text = passage["text"]
-    spans = [text[span["start"] : span["end"] + 1] for span in passage["entities"]]
-    for question in record["qas"]:
-        yield {
-            "passage": text.replace("\n@highlight\n", " "),
-            "entities": sorted(set(spans)),
-            "query": question["query"],
-            "answers": sorted({answer["text"] for answer in question.get("answers", ())}),
-            "idx": {"passage": record["idx"], "query": question["idx"]},
-        }
-
-
-def _flatten_wsc(record):
-    yield {**record, **record.get("target", {})}
-
-
-# Official files that hold their rows inside one another.
-LAYOUTS: dict[str, Callable] = {
-    "squad": _flatten_squad,
-    "multirc": _flatten_multirc,
-    "record": _flatten_record,
-    "wsc": _flatten_wsc,
-}
 
 
 def _hub_splits(task, wanted):
